@@ -1,0 +1,112 @@
+"""RAD-DINO's pre-training: ViT-B/14 at 518/196 px, batch 640, 60k steps, the Multi-CXR mix.
+
+    python -m raddino_jax.main --config=configs/multicxr.py --config.init=dinov2_vitb14 --config.data.data_dir=DIR
+
+The paper used 16 A100 of 80 GB (arXiv 2401.10815, 3.2 and E.1). Arguments after a colon set fields or name
+presets: --config=configs/multicxr.py:vits14_224,seed=1. Every number names its source:
+    [P] the paper, arXiv 2401.10815        [D] DINOv2's ssl_default_config.yaml, which the paper builds on
+    [H] the Hugging Face release           [open] not stated anywhere: our reading, change it freely
+A duration is (number, unit) with unit "steps", "epochs", "images" or "percent" (of the run).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    """The paper's run, changed by `arguments` (see the module's docstring)."""
+    config = ConfigDict(dict(
+        task="pretrain",
+        then=(),  # tasks to run on the finished workdir
+        seed=0,
+        steps=60_000,  # [P] 3.2
+        duration=(),  # instead of steps, e.g. (100, "epochs") or (5e6, "images")
+        epoch_steps=600,  # [P] 100 epochs = 60k steps; 0: one pass over the data
+        batch_size=640,  # [P] 16 x 40
+        group_size=10,  # images that share mask strata and drop-path subsets; never spans devices
+        koleo_group=40,  # [P] images per GPU, among which KoLeo looks for neighbours
+        compute_dtype="bfloat16",  # parameters, losses and statistics stay float32
+        init="",  # "" or "random": fresh. Else weights to continue from
+        init_head="",
+        log_every=10,
+        checkpoint_every=1000,
+        keep=3,  # newest checkpoints kept
+        keep_every=10_000,  # and every so many steps one for good; 0: none
+        eval_every=0,  # steps between online evaluations; 0: none
+    ))
+    config.model = ConfigDict(dict(
+        variant="B",  # [P] ViT-B; sizes of models/vit.py VARIANTS
+        width=0, depth=0, heads=0, ffn="",  # 0 and "": as the variant has them
+        patch_size=14,  # [P]
+        image_size=518,  # side of the stored position grid, in pixels
+        registers=0,  # [H]
+        layerscale=1e-5,  # [D] overwritten by the weights to continue from
+        antialias=False, offset=0.1,  # [D] resizing of position embeddings
+        drop_path=0.3,  # [D] [open]
+        drop_path_uniform=True,  # [D] False: grows linearly with depth
+        remat="none",  # none, dots or full: what the backward pass recomputes
+        attention="auto",  # auto: by backend
+    ))
+    config.head = ConfigDict(dict(
+        prototypes=65_536, bottleneck=256, hidden=2048, layers=3,  # [H] dino_head.safetensors has this form
+        separate=False,  # [D] one head for DINO and iBOT; the release has one file
+        ibot_prototypes=65_536, ibot_bottleneck=256, ibot_hidden=2048, ibot_layers=3,  # where separate
+    ))
+    config.loss = ConfigDict(dict(
+        dino=1.0, ibot=1.0, koleo=0.1,  # [D] weights; KoLeo's is per global crop
+        centring="sinkhorn",  # [open] sinkhorn or softmax
+        sinkhorn_iterations=3, centre_momentum=0.9, student_temperature=0.1,  # [D]
+        logits_budget=2**26,  # prototype logits alive at once per device, in floats
+    ))
+    config.masks = ConfigDict(dict(
+        probability=0.5, ratio=(0.1, 0.5),  # [D] share of crops masked; range of the masked share
+    ))
+    config.views = ConfigDict(dict(
+        global_size=518, local_size=196,  # [P] E.1, pixels
+        local_crops=8,  # [D] [open]
+        crop_scale_mode="side",  # [P] "crop size" read as side length; "area": torchvision's scale
+        global_scale=(0.5, 1.0), local_scale=(0.2, 0.5),  # [P] 259 to 518 and 104 to 259 of 518 pixels
+        crop_ratio=(3 / 4, 4 / 3),  # [D]
+        flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4,  # [D] hue and saturation do nothing to grey
+        blur_global1=0.0, blur_global2=0.1, blur_local=0.5,  # [P] "less severe blurring" [open]; DINOv2: 0, 0.9, 0.5
+        blur_sigma=(0.1, 2.0), solarize=0.2, solarize_threshold=128,  # [D]
+        gamma=0.0, noise=0.0, standardize=False,  # not in the paper
+    ))
+    config.optim = ConfigDict(dict(
+        base_lr=1e-3,  # [P]
+        lr_scaling="sqrt_1024",  # [D] peak = base * sqrt(batch / 1024) [open]
+        final_lr=1e-6,  # [D]
+        warmup=(10, "epochs"),  # [D] linear [P]
+        weight_decay=(0.04, 0.4), clip=3.0, betas=(0.9, 0.999), eps=1e-8,  # [D]
+        layer_decay=0.9, patch_embed_factor=0.2,  # [D]
+        momentum=(0.992, 1.0),  # [D] of the teacher
+        teacher_temperature=(0.04, 0.07), teacher_temperature_warmup=(30, "epochs"),  # [D]
+        freeze_last_layer=(1, "epochs"),  # [D]
+        head_warmup=(0, "steps"),  # frozen backbone at the start: helps when only the backbone continues
+        horizon=(),  # end of the cosines where it is not the end of the run, e.g. (100_000, "steps")
+    ))
+    config.data = ConfigDict(dict(
+        sources=common.MULTI_CXR,  # [P] Table D.1
+        weights=(),  # () : in proportion to size
+        data_dir="",  # prepared datasets
+        image_size=518,  # [H] side of the square window handed to the device
+        window="random",  # random or centre window of the film's short side
+        mean=common.RAD_DINO_MEAN, std=common.RAD_DINO_STD,  # [H]
+        synthetic_size=4000,  # films of the source "synthetic"
+        threads=8, prefetch=4,  # decoding threads and batches ahead per host
+        cache_gib=0.0,  # decoded films kept in host memory
+    ))
+    config.mesh = ConfigDict(dict(fsdp=1))  # devices over which parameters are sharded
+    return common.apply(config, arguments, PRESETS)
+
+
+def vits14_224(config: ConfigDict) -> None:
+    """ViT-S/14 at 224/98 px, 8 images, float32, no drop path: small enough to time side by side on a CPU."""
+    config.model.update(variant="S", image_size=224, drop_path=0.0)
+    config.views.update(global_size=224, local_size=98)
+    config.update(batch_size=8, group_size=8, koleo_group=8, compute_dtype="float32")
+    config.data.update(image_size=224)
+
+
+PRESETS = {"vits14_224": vits14_224}

@@ -1,0 +1,898 @@
+"""Procedural chest anatomy: what an X-ray beam meets on its way through a drawn patient.
+
+A projection adds the paths (cm) through soft tissue, air and bone along the beam, as a real film does, so that
+ribs show through the heart and a thick patient is pale. Lengths are centimetres: u runs to the right of the
+picture (the patient's left), v downwards from the apex of the lungs. Outlines are functions of one coordinate,
+tabulated once per film and looked up per pixel: that is what makes a film cost milliseconds.
+
+Letters: S pixels per side, N dots, C table cells.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+SIDES = ("right", "left")  # the patient's; the right is at the left of the picture
+LEVELS = ("upper", "mid", "lower")
+ZONES = tuple(f"{side} {level}" for side in SIDES for level in LEVELS)
+RIBS = tuple(f"{side} rib {k}" for side in SIDES for k in range(1, 11))
+
+SOFT = 0.16  # attenuation of water per cm at chest energies
+LUNG = 0.25  # density of aerated lung, water = 1
+RIB_SPACING = 2.3  # cm between neighbours; the true distance grows a little downwards
+
+CELLS, SPAN, ORIGIN = 2048, 64.0, 24.0  # tables cover -24..40 cm, two cells per pixel at 518 px
+AXIS = (np.arange(CELLS) * (SPAN / CELLS) - ORIGIN).astype(np.float32)
+VERTEBRAE = np.arange(-9, 20)  # 1 is T1: the neck and the lumbar spine continue the count
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """What stays the same in all films of one patient (cm unless said otherwise)."""
+
+    half_width: float  # of the rib cage, inside
+    height: float  # lung apex to costophrenic angle
+    depth: float  # front to back
+    fat: float
+    breast: float  # thickness, 0 for none
+    bone: float  # mineral density, 1 = young adult
+    rib_half_width: float
+    rib_drop: float  # steepness of the ribs, 1 = average
+    cardiothoracic: float  # ratio, without a finding
+    knob: float  # how far the aortic arch stands out
+    calcified: bool  # aortic arch
+    scoliosis: float
+    kyphosis: float
+    dome: float  # height of the diaphragm above the costophrenic angle
+    elevation: float  # right dome above the left
+    vascularity: float  # 1 = average
+    seed: tuple  # key of the vessel tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Pose:
+    """How one film was taken (cm unless said otherwise)."""
+
+    view: str
+    field: float  # side of the film
+    rotation: float  # radians
+    shift: tuple
+    yaw: float  # by how much the front of the chest is turned to the picture's right
+    inspiration: float  # by how much the diaphragm stands lower than usual
+    arms: float  # 0 by the side, 1 hands on the hips
+    supine: bool
+    facing: int  # of a lateral, 1 = towards the left of the picture
+    stomach: float  # radius of the gas bubble, 0 for none
+    electrodes: bool
+    nipples: bool  # shown as two faint discs
+    fold: bool  # of skin, a line that is no pleura
+    seed: tuple  # key of the textures
+
+
+def smooth(x):
+    """0 below 0, 1 above 1, no kink between."""
+    x = np.clip(x, 0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def through(*points):
+    """Outline table [C] through (x, y) points: a cubic with the slopes of the chords."""
+    px, py = np.array(points, np.float32).T
+    slope = np.gradient(py, px)
+    slope[[0, -1]] = 0
+    k = np.clip(np.searchsorted(px, AXIS) - 1, 0, len(px) - 2)
+    h = (px[1:] - px[:-1])[k]
+    s = np.clip((AXIS - px[k]) / h, 0, 1)
+    rest = 1 - s
+    ends = py[k] * rest * rest * (1 + 2 * s) + py[k + 1] * s * s * (3 - 2 * s)
+    return ends + h * s * rest * (slope[k] * rest - slope[k + 1] * s)
+
+
+def chord(x):
+    """Path through a round rod at distance x from its axis, radius 1, over its diameter."""
+    return np.sqrt(np.maximum(1 - x * x, 0))
+
+
+def tube(x, wall):
+    """Path through a hollow bone, 1 at its brightest: the cortex shows as two lines."""
+    return (chord(x) - 0.75 * (1 - wall) * chord(x / (1 - wall))) / chord(1 - wall)
+
+
+@functools.lru_cache(maxsize=64)
+def upsampling(size, cells):
+    """Cubic B-spline weights [S, cells + 3] from a grid of numbers to a smooth field."""
+    x = (np.arange(size) + 0.5) / size * cells
+    distance = np.abs(x[:, None] + 1 - np.arange(cells + 3))
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = np.clip(2 - distance, 0, None) ** 3 / 6
+    return np.where(distance < 1, near, far).astype(np.float32)
+
+
+def noise(rng, size, cells):
+    """Smooth noise [S, S] of unit variance, one bump per cell, the same at every size."""
+    grid = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
+    rows = upsampling(size, cells)
+    return rows @ (2.1 * grid) @ rows.T
+
+
+def splat(size, x, y, sigma, amount):
+    """Sum [S, S] of Gaussian dots (pixels) of integral `amount`: thin things fade, none aliases."""
+    out = np.zeros(size * size)
+    reach = np.ceil(2.2 * sigma - 0.2).astype(int)
+    reach = np.where(reach > 4, (reach + 3) // 4 * 4, reach)
+    for k in np.unique(reach):
+        pick = (reach == k) & (x > -k) & (x < size + k) & (y > -k) & (y < size + k)
+        offset = np.arange(-k, k + 1)
+        spread = -0.5 / sigma[pick, None] ** 2
+        col = np.floor(x[pick]).astype(int)[:, None] + offset
+        row = np.floor(y[pick]).astype(int)[:, None] + offset
+        gx = np.exp(spread * (col + 0.5 - x[pick, None]) ** 2)
+        gy = np.exp(spread * (row + 0.5 - y[pick, None]) ** 2)
+        gy *= (amount[pick] / (gx.sum(1) * gy.sum(1)))[:, None]
+        gx *= (col >= 0) & (col < size)
+        gy *= (row >= 0) & (row < size)
+        cell = np.clip(row, 0, size - 1)[:, :, None] * size + np.clip(col, 0, size - 1)[:, None]
+        out += np.bincount(cell.ravel(), (gy[:, :, None] * gx[:, None]).ravel(), size * size)
+    return out.reshape(size, size).astype(np.float32)
+
+
+def line(points, spacing):
+    """Points (x [N], y [N]) at equal steps along a polyline with rounded corners."""
+    points = np.asarray(points, float)
+    for _ in range(3 if len(points) < 20 else 0):
+        cut = [0.75 * points[:-1] + 0.25 * points[1:], 0.25 * points[:-1] + 0.75 * points[1:]]
+        points = np.concatenate([points[:1], np.stack(cut, 1).reshape(-1, 2), points[-1:]])
+    length = np.append(0, np.cumsum(np.sqrt((np.diff(points, axis=0) ** 2).sum(1))))
+    s = np.arange(0, length[-1], spacing)
+    return np.interp(s, length, points[:, 0]), np.interp(s, length, points[:, 1])
+
+
+@functools.lru_cache(maxsize=64)
+def vessel_tree(seed, first, last, trunks=9):
+    """Pulmonary vessels from a hilum at the origin: x, y, radius and step of their dots (reach about 1)."""
+    rng = np.random.default_rng(seed)
+    heading = np.linspace(first, last, trunks) + rng.normal(0, 0.2, trunks)
+    x, y = rng.normal(0, 0.03, trunks), np.linspace(-0.14, 0.2, trunks)
+    radius = np.linspace(0.02, 0.034, trunks) * rng.uniform(0.7, 1.1, trunks)
+    length = rng.uniform(0.2, 0.4, trunks)
+    parts = []
+    for count in (14, 11, 8, 6, 5):
+        s = np.arange(1, count + 1) / count
+        bend = heading[:, None] + rng.normal(0, 0.35, heading.size)[:, None] * s
+        step = length[:, None] / count
+        px = x[:, None] + np.cumsum(step * np.cos(bend), 1)
+        py = y[:, None] + np.cumsum(step * np.sin(bend), 1)
+        parts.append([px, py, radius[:, None] * (1 - 0.3 * s), step + 0 * px])
+        # One child leaves at the tip, one on the way: a tree, not a fan.
+        every, way = np.arange(heading.size), rng.integers(count // 3, count, heading.size)
+        x, y = np.append(px[:, -1], px[every, way]), np.append(py[:, -1], py[every, way])
+        turn = rng.uniform(0.2, 0.75, heading.size) * rng.choice([-1, 1], heading.size)
+        heading = np.append(bend[:, -1], bend[every, way]) + np.append(0.35 * turn, -turn)
+        length = np.tile(length, 2) * rng.uniform(0.6, 0.95, heading.size)
+        radius = np.append(radius * 0.72, radius * 0.55)
+    return tuple(np.concatenate([part[k].ravel() for part in parts]) for k in range(4))
+
+
+class Projection:
+    """Pixels in body coordinates, the brushes both views draw with, and what they draw alike."""
+
+    def __init__(self, body, pose, findings, devices, size):
+        self.body, self.pose, self.size = body, pose, size
+        self.findings, self.devices = findings, devices
+        self.px = pose.field / size
+        self.strokes = []
+        axis = ((np.arange(size) + 0.5) / size - 0.5) * pose.field
+        cos, sin = np.cos(pose.rotation), np.sin(pose.rotation)
+        x, y = axis - pose.shift[0], axis[:, None] - pose.shift[1]
+        self.u = (pose.facing * cos * x).astype(np.float32) + (pose.facing * sin * y).astype(np.float32)
+        self.v = (cos * y).astype(np.float32) - (sin * x).astype(np.float32)
+        self.iv = self.index(self.v)
+        self.base = body.height + pose.inspiration  # depth of the costophrenic angles
+        k = VERTEBRAE - 1
+        self.vertebra_v = (0.3 + 1.95 * k + 0.045 * k * np.abs(k)) * body.height / 26
+        self.vertebra_of = np.interp(AXIS, self.vertebra_v, VERTEBRAE).astype(np.float32)
+
+    def index(self, x):
+        """Table cell of a coordinate."""
+        return ((x + ORIGIN) * np.float32(CELLS / SPAN)).astype(np.intp)
+
+    def at(self, table, index):
+        """A table's values at the pixels."""
+        return np.take(table.astype(np.float32, copy=False), index, mode="clip")
+
+    def value(self, table, x):
+        """A table's value at one coordinate."""
+        return float(np.interp(x, AXIS, table))
+
+    def pixels(self, u, v):
+        """Column and row of a point of the body."""
+        pose = self.pose
+        cos, sin, u = np.cos(pose.rotation), np.sin(pose.rotation), pose.facing * u
+        x, y = cos * u - sin * v + pose.shift[0], sin * u + cos * v + pose.shift[1]
+        return x / self.px + self.size / 2, y / self.px + self.size / 2
+
+    def dots(self, u, v, sigma, amount):
+        """Queue Gaussian dots: sigma in cm, amount = attenuation integrated over the dot."""
+        self.strokes.append([np.ravel(a) for a in np.broadcast_arrays(u, v, sigma, amount)])
+
+    def stroke(self, points, radius, strength):
+        """Queue a wire, a wall or an edge: strength is the attenuation along its middle."""
+        step = max(0.7 * radius, 0.5 * self.px)
+        u, v = line(points, step)
+        self.dots(u, v, 0.6 * radius, strength * 1.5 * radius * step)
+
+    def painted(self):
+        """The queued dots [S, S]."""
+        if not self.strokes:
+            return np.float32(0)
+        u, v, sigma, amount = (np.concatenate(a) for a in zip(*self.strokes))
+        self.strokes = []
+        x, y = self.pixels(u, v)
+        return splat(self.size, x, y, np.maximum(sigma / self.px, 0.45), amount / self.px**2)
+
+    def square(self, u, v, radius_u, radius_v):
+        """Squared distance from (u, v) in radii."""
+        x, y = (self.u - np.float32(u)) * np.float32(1 / radius_u), (self.v - np.float32(v)) * np.float32(1 / radius_v)
+        return x * x + y * y
+
+    def ball(self, u, v, radius_u, radius_v):
+        """Path through an ellipsoid, 1 at its centre."""
+        return np.sqrt(np.maximum(1 - self.square(u, v, radius_u, radius_v), 0))
+
+    def opacity(self):
+        """Airspace or reticular shadow: (water in cm, mask), before it is confined to the lung."""
+        site = self.findings["opacity"]
+        u, v = self.locate(site)
+        rng = np.random.default_rng(site["seed"])
+        coarse, fine = noise(rng, self.size, 18), noise(rng, self.size, 44)
+        bump = np.exp(-self.square(u, v, site["radius"] * site["aspect"], site["radius"]))
+        shape = smooth((bump * (1 + 0.5 * np.clip(coarse, -1, 2)) - 0.2) / 0.45)
+        if site["kind"] == "airspace":
+            return site["density"] * shape * (1 + 0.2 * fine), shape > 0.3
+        other = noise(rng, self.size, 44)
+        net = np.clip(1 - 2.5 * np.minimum(np.abs(fine), np.abs(other)), 0, 1)
+        return site["density"] * shape * (0.75 * net - 0.15), shape > 0.3
+
+    def lesions(self, lung):
+        """Attenuation of nodules and opacities."""
+        out = np.float32(0)
+        for site in self.findings.get("nodule", {"sites": ()})["sites"]:
+            r = site["radius"]
+            out = out + SOFT * 2 * r * site["density"] * self.ball(*self.locate(site), r, r * site["aspect"])
+        if "opacity" in self.findings:
+            out = out + SOFT * self.opacity()[0] * lung * self.beside(self.findings["opacity"]["side"])
+        return out
+
+    def grain(self):
+        """The mottle of small vessels and airways seen end on, around 1."""
+        rng = np.random.default_rng(self.pose.seed)
+        return 1 + 0.05 * noise(rng, self.size, 64) + 0.025 * noise(rng, self.size, 24)
+
+    def nodule_mask(self):
+        """Pixels of all nodules."""
+        sites = self.findings["nodule"]["sites"]
+        return sum(self.ball(*self.locate(s), s["radius"], s["radius"] * s["aspect"]) for s in sites) > 0
+
+    def fracture_mask(self):
+        """A disc around the broken place."""
+        return self.square(*self.break_point(), 1.6, 1.6) < 1
+
+
+class Frontal(Projection):
+    """A PA or AP film. `a` is the distance from the midline; side 0 is the patient's right."""
+
+    def __init__(self, body, pose, findings, devices, size):
+        super().__init__(body, pose, findings, devices, size)
+        self.u -= self.at(body.scoliosis * np.sin(np.pi * AXIS / 26), self.iv)
+        self.a = np.abs(self.u)
+        self.side = self.u > 0
+        other = self.side * CELLS
+        self.ia, self.ivs = self.index(self.a) + other, self.iv + other
+        rise = np.clip(AXIS / (0.82 * body.height), 0, 1)
+        self.wall = body.half_width * np.sqrt(1 - (1 - rise) ** 2.3)
+        self.drop = body.rib_drop * through((-20, 1), (-1, 2.2), (3, 5), (9, 8.6), (16, 9.8), (40, 10))
+        self.edges = self._mediastinum()
+        self.domes = [self._dome(side) for side in (0, 1)]
+        self.fluid = [self._fluid_level(side) for side in (0, 1)]
+        self.wall_px = self.at(self.wall, self.iv) + 1e-3
+        self.edge_px = self.sided(self.edges, self.ivs)
+        self.dome_px = self.sided(self.domes, self.ia)
+
+    def sided(self, pair, index):
+        """The right or the left table's values, by side of the pixel."""
+        return self.at(np.concatenate(pair), index)
+
+    def beside(self, side):
+        """Where one half of the body is."""
+        return self.side == side
+
+    def _mediastinum(self):
+        """Right and left border of the heart and the great vessels, from the midline."""
+        body, pose = self.body, self.pose
+        ratio = self.findings.get("cardiomegaly", {"ratio": body.cardiothoracic})["ratio"]
+        # The heart is further from the film in AP, and flatter on a raised diaphragm.
+        width = 2 * body.half_width * ratio * (1.08 if pose.view == "AP" else 1) * (1 - 0.02 * pose.inspiration)
+        floor, shift = self.base - body.dome + 1, 0.5 * pose.yaw
+        r, l, k = 0.33 * width, 0.67 * width, body.knob
+        right = through(
+            (-6, 5), (-1, 4.2), (1, 3.0), (4, 2.6), (floor - 11, 2.7), (floor - 7.5, 0.72 * r + 0.6),
+            (floor - 3.5, r), (floor, 0.9 * r), (floor + 3, 0.5 * r), (floor + 6, 2),
+        )  # fmt: skip
+        left = through(
+            (-6, 5), (-1, 4.2), (1, 2.8), (4, 2.3), (5.6, 2.2 + 0.5 * k), (7.3, 2.5 + k), (8.8, 2.5 + 0.5 * k),
+            (10, 2.9), (floor - 9.5, 3.6), (floor - 5.5, 0.72 * l), (floor - 1.5, l), (floor + 1.2, 0.93 * l),
+            (floor + 3.2, 0.6 * l), (floor + 5, 2),
+        )  # fmt: skip
+        return right - shift, left + shift
+
+    def _dome(self, side):
+        """Height of a hemidiaphragm over the distance from the midline."""
+        body = self.body
+        top = self.base - body.dome + (0.5 - (side == 0)) * body.elevation
+        x = (np.abs(AXIS) - 0.4 * body.half_width) / (0.6 * body.half_width)
+        return top + np.where(x > 0, (self.base - top) * np.abs(x) ** 2.2, 2 * x * x)
+
+    def _fluid_level(self, side):
+        """Upper surface of pleural fluid: level, with a meniscus that climbs the chest wall."""
+        site = self.findings.get("effusion")
+        if not site or side not in site["sides"]:
+            return np.full(CELLS, 39, np.float32)
+        x = np.clip(np.abs(AXIS) / self.body.half_width, 0, 1)
+        climb = np.exp((x - 1) / 0.12) + 0.25 * np.exp(-x / 0.15)
+        # Lying down, most of the fluid spreads behind the lung (see lungs) and little is left below it.
+        return self.base - site["height"] * (0.3 if self.pose.supine else 1) * (0.6 + 0.4 * climb)
+
+    @functools.cached_property
+    def pleura(self):
+        """Outline of the lung inside a pneumothorax (table over v)."""
+        site = self.findings["pneumothorax"]
+        gap = site["gap"] * through((-20, 1), (4, 1), (14, 0.7), (self.base, 0.25), (40, 0.2))
+        fallen = np.interp(AXIS - site["gap"] * site["apical"], AXIS, self.wall)
+        return np.maximum(fallen - gap, -1)
+
+    def locate(self, site):
+        """A place in the lung, across from hilum to wall and down from apex to base, in cm."""
+        side, v = site["side"], site["down"] * self.base
+        inner, outer = self.value(self.edges[side], v), self.value(self.wall, v)
+        u = inner + site["across"] * (outer - inner)
+        return (-1, 1)[side] * u, min(v, self.value(self.domes[side], u) - 1)
+
+    def render(self):
+        """Attenuation [S, S]."""
+        air = self.lungs() * self.grain()
+        lung = np.minimum(air / 6, 1)
+        self.vessels()
+        inside = self.painted() * lung
+        a = SOFT * (self.flesh() - self.airways())
+        if "pneumothorax" in self.findings:
+            free = self.free_air()
+            inside *= 1 - free
+            a -= SOFT * LUNG * 1.3 * air * free
+        air *= SOFT * (1 - LUNG)
+        a -= air
+        a += inside
+        a += self.lesions(lung)
+        a += self.ribs()
+        a += self.girdle()
+        a += self.spine()
+        self.wires()
+        a += self.painted()
+        return a
+
+    def lungs(self):
+        """Path through aerated lung."""
+        body = self.body
+        depth = 0.66 * body.depth * (1 - (1 - np.clip(AXIS / 15, 0, 1)) ** 2.4) ** 0.5
+        t = np.minimum(self.a / self.wall_px, 1)
+        out = self.at(depth, self.iv) * np.sqrt(1 - t * t * np.sqrt(t))
+        floor = np.minimum(self.dome_px, self.sided(self.fluid, self.ia)) - self.v
+        # Behind the dome the lung reaches deeper; fluid fills that recess first.
+        recess = 0.16 * np.exp(np.minimum(floor, 0) / 2.2)
+        out *= np.maximum(smooth(floor / max(0.4, self.px) + 0.5), recess)
+        deep = np.clip((self.edge_px - self.a) / 2.4, 0, 1)
+        out *= 1 - 0.93 * deep * (2 - deep)
+        site = self.findings.get("effusion")
+        if site and self.pose.supine:
+            layer = 0.4 * site["height"] * smooth((AXIS + 2) / (0.8 * self.base))
+            zero = np.zeros(CELLS, np.float32)
+            pair = [layer if side in site["sides"] else zero for side in (0, 1)]
+            out = np.maximum(out - self.sided(pair, self.ivs), 0.2 * out)
+        return out
+
+    def free_air(self):
+        """Where a pneumothorax is; queues the fine line of the visceral pleura."""
+        side = self.findings["pneumothorax"]["side"]
+        v = AXIS[(AXIS > 0) & (AXIS < self.base - 1)][::4]
+        u = np.interp(v, AXIS, self.pleura)
+        shown = (u > np.interp(v, AXIS, self.edges[side])) & (v < np.interp(u, AXIS, self.domes[side]))
+        if shown.sum() > 4:
+            self.stroke(np.stack([(-1, 1)[side] * u, v], 1)[shown], 0.12, 0.12)
+        outside = smooth((self.a - self.at(self.pleura, self.iv)) / 0.3 + 0.5)
+        return outside * self.beside(side)
+
+    def flesh(self):
+        """Path through soft tissue, as if there were no air in the body."""
+        body, pose = self.body, self.pose
+        total = body.depth + 2 * body.fat
+        skin = self.wall + 2 + body.fat
+        s = 19 + 0.5 * body.fat
+        shoulders = through((-20, 8), (-9, 6.3), (-5, 6), (-3, 7.2), (-1, 10.5), (0.6, 15), (2.5, s - 1), (5, s),
+                            (8, s - 1), (11, 15), (15, 0), (40, 0))  # fmt: skip
+        outline = np.maximum(shoulders, skin * smooth((AXIS - 4) / 6))
+        depth = through((-20, 12), (-4, 11), (1, 0.55 * total), (9, 0.95 * total), (14, total), (24, total),
+                        (30, 1.04 * total), (40, total))  # fmt: skip
+        x = np.minimum(self.a / self.at(outline, self.iv), 1)
+        out = self.at(depth, self.iv) * np.sqrt(1 - x * x)
+        thick = 4.2 + 0.5 * body.fat
+        across, along = self.arm_axis()
+        arm = self.at(2.2 * thick * chord(AXIS / thick), self.index(across)) * smooth((along + 3) / 4)
+        out = np.maximum(out, arm)
+        if body.breast:
+            w = body.half_width
+            r, u, v = 0.40 * w, 0.62 * w, 0.62 * self.base
+            x, y = (self.a - np.float32(u)) / np.float32(r), (self.v - np.float32(v)) / np.float32(1.15 * r)
+            out += body.breast * np.sqrt(np.maximum(1 - x * x - y * y, 0)) * smooth(y + 0.6)
+        if pose.stomach:
+            g = pose.stomach
+            top = self.value(self.domes[1], 5.5)
+            out -= 3.5 * self.ball(5.5, top + 1.2 + 0.8 * g, 1.3 * g, 0.8 * g)
+        return out
+
+    def arm_axis(self):
+        """Distance across and along the upper arm."""
+        s = self.a - np.float32(1.3 * self.body.half_width + 0.3)
+        angle = 0.04 + 0.3 * self.pose.arms
+        cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+        return s * cos - (self.v - 4.5) * sin, s * sin + (self.v - 4.5) * cos
+
+    def airways(self):
+        """Path through trachea and main bronchi."""
+        pose = self.pose
+        carina = 7.2 + 0.3 * pose.inspiration
+        below = np.clip(AXIS - carina, 0, None)
+        trachea = 0.45 * pose.yaw - 0.25 * smooth((AXIS - 3) / 4)
+        x = self.u - self.at(trachea, self.iv)
+        bronchi = self.sided([0.75 * below, 1.15 * below], self.ivs)
+        x = np.where(self.v > carina, np.abs(x) - bronchi, x)
+        width = np.where(AXIS < carina, 0.9, 0.75)
+        strength = (1.3 + 0.6 * smooth(AXIS / 4)) * smooth((AXIS + 9) / 3) * smooth((carina + 3.2 - AXIS) / 2.5)
+        return self.at(strength, self.iv) * chord(x / self.at(width, self.iv))
+
+    def vessels(self):
+        """Arteries and veins, and the hila they leave from."""
+        body = self.body
+        for side, sign in enumerate((-1, 1)):
+            x, y, r, step = vessel_tree((*body.seed, side), -2.0, 1.85)
+            across, down = 0.95 * body.half_width, 0.5 * body.height
+            u = sign * (2.8 + across * x) + 0.3 * self.pose.yaw
+            v = 11.2 - 0.9 * side + down * y
+            r, step = r * across, step * across
+            self.dots(u, v, np.maximum(0.6 * r, 0.6 * step), body.vascularity * 1.25 * r**1.55 * step)
+            self.dots(sign * 3.4, [10.6 - 0.9 * side, 12.6 - 0.9 * side], [1.1, 1.3], [0.8, 1.2])
+
+    def rib_arcs(self):
+        """Per arc (posterior, anterior): which rib [S, S], signed distance in half widths, strength."""
+        body = self.body
+        wall = self.at(self.wall + 0.5, self.iv)
+        t = np.minimum(self.a / wall, 0.995)
+        root = np.sqrt(1 - t * t)
+        drop = self.at(self.drop, self.iv)
+        thin = RIB_SPACING / np.sqrt(1 + (0.42 * drop * t / (root * wall)) ** 2)
+        bone = body.bone * smooth((wall + 0.5 - self.a) / 0.3) * self.at(smooth((self.base + 5 - AXIS) / 7), self.iv)
+        for anterior, fall in enumerate((0.42 - 0.42 * root, 0.42 + 0.55 * root)):
+            rib = self.at(self.vertebra_of, self.index(self.v - drop * fall))
+            nearest = np.rint(rib)
+            rib -= nearest
+            rib *= thin * ((0.9 if anterior else 1) / body.rib_half_width)
+            strength = bone * (0.2 * smooth((t - 0.42) / 0.15) if anterior else 0.27 * smooth((self.a - 1) / 2))
+            strength *= (nearest > 0.5) & (nearest < (10.5 if anterior else 12.5))
+            if "fracture" in self.findings and not anterior:
+                self._break(nearest, rib, strength)
+            yield nearest, rib, strength
+
+    def break_point(self):
+        """Where the broken rib is broken: a few steps of v = spine + drop(v) * fall."""
+        site = self.findings["fracture"]
+        fall = 0.42 - 0.42 * np.sqrt(1 - site["across"] ** 2)
+        v = start = float(np.interp(site["rib"], VERTEBRAE, self.vertebra_v))
+        for _ in range(6):
+            v = start + fall * self.value(self.drop, v)
+        return (-1, 1)[site["side"]] * site["across"] * (self.value(self.wall, v) + 0.5), v
+
+    def _break(self, nearest, distance, strength):
+        """Displace the far part of the broken rib and open a gap (in place)."""
+        site = self.findings["fracture"]
+        u, _ = self.break_point()
+        far = (nearest == site["rib"]) & (self.side == site["side"])
+        gap = np.abs(self.a[far] - abs(u))
+        distance[far] += np.where(self.a[far] > abs(u), site["step"] / self.body.rib_half_width, 0)
+        strength[far] *= 1 - 0.9 * np.exp(-((gap / max(0.22, 0.5 * self.px)) ** 2))
+
+    def ribs(self):
+        """Attenuation of both arcs of all ribs: tubes with a bright cortex."""
+        out = 0
+        soft = max(0.22, 0.8 * self.px / self.body.rib_half_width)
+        for _, distance, strength in self.rib_arcs():
+            d = np.abs(distance)
+            strength *= 0.62 + 0.55 * np.minimum(d * d * d, 1)
+            strength *= smooth((1 - d) / soft + 0.5)
+            out = out + strength
+        return out
+
+    def girdle(self):
+        """Clavicles, scapulae, upper arms."""
+        body, pose = self.body, self.pose
+        w = body.half_width
+        lift = (1.2 if pose.view == "AP" else 0) - 0.3 * pose.inspiration
+        curves, widths = [], []
+        for sign in (-1, 1):
+            end = 1.6 + sign * 0.8 * pose.yaw
+            curves.append(through((-20, 5), (end, 5.2 - lift), (end + 3, 4.3 - lift), (0.5 * w, 2.9 - lift),
+                                  (0.8 * w, 2.2 - lift), (1.2 * w, 0.9 - lift), (40, 0)))  # fmt: skip
+            shaft = through((-20, 1), (end, 1.1), (end + 2.5, 0.75), (0.6 * w, 0.6), (1.1 * w, 0.7), (40, 0.7))
+            widths.append(shaft * smooth((AXIS - end) / 0.5 + 0.5) * smooth((1.25 * w - AXIS) / 1.5) + 1e-3)
+        slope = np.gradient(np.stack(curves), SPAN / CELLS, axis=1)
+        d = np.abs(self.v - self.sided(curves, self.ia)) / self.sided(widths * np.sqrt(1 + slope * slope), self.ia)
+        out = 0.34 * body.bone * smooth((1 - d) / max(0.25, 1.2 * self.px) + 0.5) * (0.8 + 0.2 * np.minimum(d, 1))
+        out += self.scapula()
+        across, along = self.arm_axis()
+        out += self.at(0.6 * body.bone * tube(AXIS / 1.2, 0.35), self.index(across)) * smooth((along - 0.5) / 3)
+        x, y = (self.a - np.float32(1.28 * w - 0.2)) / 2.4, (self.v - 3.8) / 2.4
+        head = np.maximum(1 - x * x - y * y, 0)
+        out += 0.2 * body.bone * smooth(head * 3) * np.sqrt(head + 0.4)
+        return out
+
+    def scapula(self):
+        """The blade lies over the outer lung unless the shoulders are rolled forward."""
+        w = self.body.half_width
+        inner = w * (0.66 + 0.25 * self.pose.arms)
+        corners = np.array([(inner, 1.0), (1.22 * w, 3.6), (inner + 0.14 * w, 14)], np.float32)
+        near = np.float32(9)
+        for (u0, v0), (u1, v1) in zip(corners, np.roll(corners, -1, 0)):
+            n = np.array([v0 - v1, u1 - u0]) / np.hypot(v0 - v1, u1 - u0)
+            near = np.minimum(near, (self.a - u0) * n[0] + (self.v - v0) * n[1])
+        border = 0.09 * smooth(AXIS / 0.5 + 0.5) + 0.09 * np.exp(-((AXIS - 0.4) ** 2) / 0.1)
+        return self.body.bone * self.at(border, self.index(near))
+
+    def spine(self):
+        """Vertebral bodies, discs, pedicles, and the descending aorta beside them."""
+        part = (self.vertebra_of + 0.5) % 1 - 0.5
+        bodies = (0.11 * smooth((0.45 - np.abs(part)) / 0.14) + 0.09) * (1.5 - 0.5 * smooth((AXIS + 2) / 5))
+        pedicles = np.exp(-(((part + 0.05) / 0.16) ** 2)) * smooth((AXIS + 1) / 3)
+        half = self.at(through((-20, 1.1), (-3, 1.3), (10, 1.7), (30, 2.1), (40, 2.1)), self.iv)
+        out = self.at(bodies, self.iv) * smooth((half - self.a) / 0.6 + 0.5)
+        beside = 0.07 * np.exp(-(((np.abs(AXIS) - 1.15) / 0.3) ** 2)) + 0.07 * np.exp(-((AXIS / 0.35) ** 2))
+        out += self.at(pedicles, self.iv) * self.sided([beside, beside], self.ia)
+        out *= self.body.bone
+        aorta = 0.14 * chord((AXIS - 1.2) / 1.5)
+        out += self.sided([0 * aorta, aorta], self.ia) * self.at(smooth((AXIS - 6) / 3), self.iv)
+        return out
+
+    def wires(self):
+        """Queue what is thin and outside the lungs: devices, calcium, electrodes, skin."""
+        body, pose, w = self.body, self.pose, self.body.half_width
+        rng = np.random.default_rng(pose.seed)
+        for name, site in self.devices.items():
+            getattr(self, f"_{name}")(site)
+        if body.calcified:
+            v = np.linspace(5.6, 8.6, 12)
+            self.stroke(np.stack([np.interp(v, AXIS, self.edges[1]) - 0.15, v], 1), 0.12, 0.35)
+        if pose.nipples:
+            self.dots([-0.62 * w, 0.62 * w], 0.74 * self.base + rng.normal(0, 0.3, 2), 0.4, 0.16)
+        if pose.fold:
+            x, sign = rng.uniform(0.55, 0.85), rng.choice([-1, 1])
+            self.stroke([(sign * x * w, 2), (sign * (x + 0.05) * w, 12), (sign * (x - 0.1) * w, 24)], 0.25, 0.07)
+        if pose.electrodes:
+            for u, v in zip(rng.uniform(-0.8, 0.8, 4) * w, rng.uniform(3, 24, 4)):
+                self.dots(u, v, 0.35, 0.3)
+                self.stroke([(u, v), (u + rng.normal(0, 4), v + 6), (0.9 * w, 32)], 0.09, 0.4)
+
+    def _tube(self, site):
+        sign, carina = (-1, 1)[site["side"]], 7.2 + 0.3 * self.pose.inspiration
+        x = 0.45 * self.pose.yaw
+        if site["kind"] == "endotracheal tube":
+            for offset in (-0.35, 0.35):
+                self.stroke([(x + 2 * offset, -14), (x + offset, -5), (x + offset, carina - site["tip"])], 0.1, 0.35)
+        elif site["kind"] == "nasogastric tube":
+            self.stroke([(x + 0.6, -14), (0.5, 0), (0.9, 12), (1.2, self.base - 4), (4, self.base + 1), (7, self.base)],
+                        0.17, 0.45)  # fmt: skip
+        else:
+            w = self.body.half_width
+            self.stroke([(sign * (w + 6), 20), (sign * w, 15), (sign * 0.8 * w, 9), (sign * 0.55 * w, 3.5)], 0.28, 0.4)
+
+    def _line(self, site):
+        sign = (-1, 1)[site["side"]]
+        entry = [(sign * 4.5, -9), (sign * 3.2, -1)]
+        if site["kind"] == "subclavian":
+            entry = [(sign * 13, 6), (sign * 9, 2.6), (sign * 4.5, 2.2)]
+            self.dots(sign * 13, 6, 0.7, 1.6)
+        self.stroke([*entry, (-1.2, 4), (-2.2, 7), (-2.3, 9 + site["tip"])], 0.12, 0.55)
+
+    def _pacemaker(self, site):
+        sign, floor = (-1, 1)[site["side"]], self.base - self.body.dome
+        u, v = sign * 10.5, 5.0
+        gu, gv = np.meshgrid(np.arange(-1.9, 2, 0.35), np.arange(-1.5, 1.6, 0.35))
+        keep = (np.abs(gu) / 2.2) ** 3 + (np.abs(gv) / 1.8) ** 3 < 1
+        self.dots(u + gu[keep], v + gv[keep], 0.22, 1.5 * 0.35**2)
+        entry = [(u, v - 1.5), (sign * 8, 1.5), (sign * 4, 2.4), (-1.4, 4.5), (-2.4, 8)]
+        self.stroke([*entry, (-3, floor - 4), (-1, floor - 1), (4.5, floor - 1.2)], 0.11, 0.6)
+        self.stroke([*entry, (-3.4, floor - 6), (-2.4, floor - 7.5)], 0.11, 0.6)
+
+    def masks(self):
+        """Boolean masks of the anatomy; the lungs as they lie, whatever hides them."""
+        lungs = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px) & (self.v > 0)
+        level = np.clip(self.v * (3 / self.base), 0, 2.999).astype(int)
+        zones = [lungs & self.beside(side) & (level == k) for side in (0, 1) for k in range(3)]
+        ribs = np.zeros((len(RIBS), self.size, self.size), bool)
+        for nearest, distance, strength in self.rib_arcs():
+            bone = (np.abs(distance) < 1) & (strength > 0.03)
+            for k in range(10):
+                for side in (0, 1):
+                    ribs[10 * side + k] |= bone & (nearest == k + 1) & self.beside(side)
+        both = np.stack([lungs & self.beside(side) for side in (0, 1)])
+        return {"lungs": both, "zones": np.stack(zones), "ribs": ribs}
+
+    def effusion_mask(self):
+        """Where fluid hides the lung."""
+        site = self.findings["effusion"]
+        inside = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px)
+        top = 0.4 * self.base if self.pose.supine else self.sided(self.fluid, self.ia)
+        return inside & (self.v > top) & np.isin(self.side, site["sides"])
+
+    def pneumothorax_mask(self):
+        """Where there is air outside the lung."""
+        lungs = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px) & (self.v > 0)
+        return lungs & (self.free_air() > 0.5)
+
+    def cardiomegaly_mask(self):
+        """The heart's silhouette."""
+        floor = self.base - self.body.dome + 1
+        return (self.a < self.edge_px) & (self.v > floor - 9.5) & (self.v < np.minimum(self.dome_px + 0.5, floor + 3))
+
+    def opacity_mask(self):
+        """Where the shadow lies over its lung."""
+        lungs = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px)
+        return self.opacity()[1] & lungs & self.beside(self.findings["opacity"]["side"])
+
+
+class Lateral(Projection):
+    """A lateral film: u runs from the breastbone to the back, both lungs lie over each other."""
+
+    def __init__(self, body, pose, findings, devices, size):
+        super().__init__(body, pose, findings, devices, size)
+        k = body.depth / 22
+        hunch = body.kyphosis * np.exp(-(((AXIS - 8) / 8) ** 2))
+        self.front = through((-20, -2), (-4, -2.5), (0, -3.6 * k), (3, -6 * k), (8, -8.6 * k), (15, -10.4 * k),
+                             (20, -10.8 * k), (25, -10 * k), (40, -10 * k))  # fmt: skip
+        self.back = hunch + through((-20, 1), (-4, 2.5), (0, 5.2), (4, 8 * k), (10, 9.8 * k), (16, 10.2 * k),
+                                    (22, 9.6 * k), (28, 8.5 * k), (40, 8 * k))  # fmt: skip
+        self.spine_u = self.back - 3.2
+        self.front_px, self.back_px = self.at(self.front, self.iv), self.at(self.back, self.iv)
+        self.x = (self.u - self.front_px) / (self.back_px - self.front_px)  # 0 breastbone, 1 back
+        self.iu = self.index(self.u)
+        self.domes = [self._dome(side) for side in (0, 1)]
+
+    def beside(self, side):
+        """Both sides lie over each other."""
+        return np.float32(1)
+
+    def _dome(self, side):
+        """Height of a hemidiaphragm over u: high in front, deep behind."""
+        body = self.body
+        top = self.base - body.dome + (0.5 - (side == 0)) * body.elevation
+        x = np.clip((AXIS + 10.5) / 20, 0, 1.1)
+        return top + through((-24, 2.5), (-11, 2.2), (-8, 0.8), (-3, 0), (2, 0.9), (6, 3.0), (10, 6.5), (40, 8)) + 0 * x
+
+    def _fluid_level(self, side):
+        """Upper surface of pleural fluid, deepest behind the lung."""
+        site = self.findings.get("effusion")
+        if not site or side not in site["sides"]:
+            return np.full(CELLS, 39, np.float32)
+        climb = np.exp(-np.abs(AXIS - 10.5) / 1.8) + 0.4 * np.exp(-np.abs(AXIS + 10.5) / 1.8)
+        return self.base + 0.5 - site["height"] * (0.6 + 0.4 * climb)
+
+    @functools.cached_property
+    def heart(self):
+        """1 in the middle of the heart, 0 at its outline and negative outside: an egg that leans backwards."""
+        body = self.body
+        ratio = self.findings.get("cardiomegaly", {"ratio": body.cardiothoracic})["ratio"]
+        r = 13 * ratio * body.half_width / 14
+        v = self.v - np.float32(self.base - body.dome - 0.3 * r)
+        u = self.u - np.float32(0.92 * r - 9.8 * body.depth / 22)
+        x, y = (u + np.float32(0.35) * v) / np.float32(0.95 * r), v / np.float32(1.15 * r)
+        return 1 - x * x - y * y
+
+    def locate(self, site):
+        """A place in the lung, down from apex to base and behind the breastbone, in cm."""
+        v = site["down"] * self.base
+        front, back = self.value(self.front, v), self.value(self.back, v)
+        u = front + site["behind"] * (back - front)
+        return u, min(v, self.value(self.domes[site.get("side", 0)], u) - 1)
+
+    def render(self):
+        """Attenuation [S, S]."""
+        air = self.lungs() * self.grain()
+        lung = np.minimum(air / 8, 1)
+        self.vessels()
+        inside = self.painted() * lung
+        if "pneumothorax" in self.findings:
+            free = 0.5 * self.free_air()
+            inside *= 1 - free
+            inside -= SOFT * LUNG * 1.3 * air * free
+        a = SOFT * (self.flesh() - (1 - LUNG) * air - self.airways()) + inside
+        a += self.lesions(lung)
+        a += self.bones()
+        self.wires()
+        a += self.painted()
+        return a
+
+    def lungs(self):
+        """Path through aerated lung, both sides."""
+        body = self.body
+        x = np.clip(2 * np.abs(self.x - 0.5), 0, 1)
+        width = 0.75 * body.half_width * smooth((AXIS + 1.5) / 10)
+        out = self.at(width, self.iv) * np.sqrt(1 - x**5)
+        floor = [np.minimum(self.domes[side], self._fluid_level(side)) for side in (0, 1)]
+        out *= sum(smooth((self.at(f, self.iu) - self.v) / 0.4 + 0.5) for f in floor)
+        middle = 0.55 * smooth(1.3 * self.heart)
+        # Great vessels and muscle between the lungs, above the heart.
+        column = smooth((5.5 - np.abs(self.u + 0.5)) / 5) * self.at(smooth((18 - AXIS) / 12), self.iv)
+        return out * (1 - np.maximum(middle, 0.5 * column))
+
+    def free_air(self):
+        """Air in front of and above one lung; queues the line of its pleura."""
+        gap = self.findings["pneumothorax"]["gap"]
+        v = AXIS[(AXIS > 1.2 * gap) & (AXIS < self.base - 6)][::4]
+        self.stroke(np.stack([np.interp(v - gap, AXIS, self.front) + gap, v], 1), 0.12, 0.12)
+        edge = np.interp(AXIS - gap, AXIS, self.front) + gap
+        return np.maximum(smooth((self.at(edge, self.iv) - self.u) / 0.3), smooth((1.2 * gap - self.v) / 0.3))
+
+    def flesh(self):
+        """Path through soft tissue, as if there were no air in the body."""
+        body = self.body
+        belly = 0.8 * body.fat * smooth((AXIS - 16) / 10)
+        bust = 1.3 * body.breast * np.exp(-np.abs((AXIS - 0.68 * self.base) / 5) ** 2.5)
+        ahead = self.front - 1.6 - 0.7 * body.fat - belly - bust - 2.5 * smooth((2 - AXIS) / 4)
+        behind = self.back + 2.2 + body.fat + 1.5 * smooth((6 - AXIS) / 8)
+        ahead, behind = self.at(ahead, self.iv), self.at(behind, self.iv)
+        x = np.minimum(np.abs((2 * self.u - ahead - behind) / (behind - ahead)), 1)
+        width = 2 * (body.half_width + 2 + body.fat)
+        width = through((-20, 14), (-6, 18), (-1, 0.8 * width), (4, width), (14, width), (40, width * 1.05))
+        out = self.at(width, self.iv) * np.sqrt(1 - x * x * x)
+        # The arms are raised out of the way, forwards.
+        across, along = 0.8 * self.u - 0.6 * self.v - 1.5, 0.8 * self.v + 0.6 * self.u
+        arm = self.at(11 * chord(AXIS / 5), self.index(across)) * smooth((2 - along) / 6)
+        out = np.maximum(out, arm)
+        if self.pose.stomach:
+            g = self.pose.stomach
+            out -= 4 * self.ball(-2, self.value(self.domes[1], -2) + 1 + 0.8 * g, 1.3 * g, 0.8 * g)
+        return out
+
+    def airways(self):
+        """Path through the trachea, which runs backwards as it goes down."""
+        axis = through((-20, -1.5), (-5, -0.8), (0, 0.2), (9, 2.4), (40, 3))
+        width = 1.9 * smooth((AXIS + 9) / 3) * smooth((11 - AXIS) / 2.5)
+        return self.at(width, self.iv) * chord((self.u - self.at(axis, self.iv)) / 0.9)
+
+    def vessels(self):
+        """Both trees leave from hila that nearly coincide."""
+        body = self.body
+        for side in (0, 1):
+            x, y, r, step = vessel_tree((*body.seed, side), -2.9, 2.9, 11)
+            scale = 0.42 * body.depth
+            r, step = r * scale * 1.2, step * scale
+            u, v = 1.6 + (0.9 if side else -0.3) + scale * x, 11 - 0.8 * side + 1.15 * scale * y
+            self.dots(u, v, np.maximum(0.6 * r, 0.6 * step), body.vascularity * 1.1 * r**1.55 * step)
+        self.dots([1.5, 2.4], [10.5, 9.6], 1.3, 1.8)
+
+    def rib_arcs(self):
+        """Per side: which rib [S, S], signed distance in half widths, strength."""
+        for side in (0, 1):
+            fall = 0.55 * (self.back_px - self.u) + (0.9 if side else 0) + 0.8 * np.clip(0.5 - self.x, 0, 1) ** 2
+            rib = self.at(self.vertebra_of, self.index(self.v - fall))
+            nearest = np.rint(rib)
+            rib -= nearest
+            rib *= 0.87 * RIB_SPACING / self.body.rib_half_width
+            strength = 0.14 * self.body.bone * smooth((self.x - 0.12) / 0.15) * smooth((1.08 - self.x) / 0.04)
+            strength *= (nearest > 0.5) & (nearest < 11.5)
+            if self.findings.get("fracture", {"side": -1})["side"] == side:
+                strength *= 1.5
+                self._break(nearest, rib, strength)
+            yield nearest, rib, strength
+
+    def break_point(self):
+        """Where the broken rib is broken."""
+        site = self.findings["fracture"]
+        behind = 1 - 0.6 * site["across"]
+        v = start = float(np.interp(site["rib"], VERTEBRAE, self.vertebra_v)) + (0.9 if site["side"] else 0)
+        for _ in range(6):
+            front, back = self.value(self.front, v), self.value(self.back, v)
+            v = start + 0.55 * (1 - behind) * (back - front)
+        return front + behind * (back - front), v
+
+    def _break(self, nearest, distance, strength):
+        """Displace the front part of the broken rib and open a gap (in place)."""
+        site = self.findings["fracture"]
+        u, _ = self.break_point()
+        far = nearest == site["rib"]
+        distance[far] += np.where(self.u[far] < u, site["step"] / self.body.rib_half_width, 0)
+        strength[far] *= 1 - 0.9 * np.exp(-(((self.u[far] - u) / max(0.22, 0.5 * self.px)) ** 2))
+
+    def bones(self):
+        """Spine, ribs, breastbone, shoulder blades."""
+        body = self.body
+        out = 0
+        for _, distance, strength in self.rib_arcs():
+            d = np.abs(distance)
+            out = out + strength * (0.62 + 0.55 * np.minimum(d**3, 1)) * smooth((1 - d) / 0.3 + 0.5)
+        part = (self.vertebra_of + 0.5) % 1 - 0.5
+        plates = np.exp(-(((np.abs(part) - 0.4) / 0.06) ** 2))
+        bodies = 0.2 * smooth((0.45 - np.abs(part)) / 0.1) + 0.16 * plates + 0.05
+        d = np.abs(self.u - self.at(self.spine_u, self.iv))
+        out += body.bone * self.at(bodies, self.iv) * smooth((1.7 - d) / 0.4 + 0.5)
+        arch = 0.16 * np.exp(-(((self.u - self.at(self.spine_u + 2.6, self.iv)) / 0.9) ** 2))
+        out += body.bone * self.at(0.6 + 0.4 * np.cos(2 * np.pi * part), self.iv) * arch
+        sternum = self.at(0.3 * smooth((AXIS - 2) / 2) * smooth((20 - AXIS) / 2), self.iv)
+        out += body.bone * sternum * smooth((0.9 - np.abs(self.u - self.front_px + 0.5)) / 0.4)
+        return out
+
+    def wires(self):
+        """Queue devices, the shoulder blades' borders, the aortic arch."""
+        for shift in (0, 1.6):
+            self.stroke([(4 + shift, -2), (6.5 + shift, 5), (8.6 + shift, 13)], 0.3, 0.13)
+        arch = np.linspace(-0.4, np.pi, 14)
+        radius = 3 + 0.6 * self.body.knob
+        points = np.stack([1.2 - radius * np.cos(arch), 9.5 - radius * np.sin(arch)], 1)
+        points = np.concatenate([points, [(4.6, 13), (4.4, 19)]])
+        self.stroke(points, 1.3, 0.16)
+        if self.body.calcified:
+            self.stroke(points[5:12] + 0.4, 0.12, 0.3)
+        for name, site in self.devices.items():
+            getattr(self, f"_{name}")(site)
+
+    def _tube(self, site):
+        if site["kind"] == "endotracheal tube":
+            self.stroke([(-1.4, -14), (-0.8, -5), (1.7, 7.5 - site["tip"])], 0.3, 0.4)
+        elif site["kind"] == "nasogastric tube":
+            self.stroke([(0.5, -14), (1, -4), (3.4, 8), (3.5, 18), (1, self.base), (-3, self.base + 1)], 0.17, 0.5)
+        else:
+            self.stroke([(0, 22), (2, 15), (3, 9), (1, 3.5)], 0.28, 0.4)
+
+    def _line(self, site):
+        entry = [(0, -9), (-1, -1)]
+        if site["kind"] == "subclavian":
+            entry = [(-9, 6), (-6, 2)]
+            self.dots(-9, 6, 0.6, 1.6)
+        self.stroke([*entry, (-2, 4), (-1.5, 7), (-1.2, 9 + site["tip"])], 0.12, 0.55)
+
+    def _pacemaker(self, site):
+        u, floor = self.value(self.front, 5) - 0.8, self.base - self.body.dome
+        gu, gv = np.meshgrid(np.arange(-0.5, 0.6, 0.3), np.arange(-1.6, 1.7, 0.3))
+        self.dots(u + gu + 0.3 * gv, 5.5 + gv, 0.22, 1.5 * 0.3**2)
+        self.stroke([(u, 4), (-4, 2), (-2, 5), (-1, 10), (-2, floor - 3), (-6, floor - 2)], 0.11, 0.6)
+
+    def masks(self):
+        """Boolean masks: one outline serves both lungs; zones and ribs cannot be told apart from the side."""
+        inside = (self.x > 0) & (self.x < 1) & (self.v > 0)
+        lungs = [inside & (self.v < self.at(dome, self.iu)) for dome in self.domes]
+        none = np.zeros((len(RIBS), self.size, self.size), bool)
+        return {"lungs": np.stack(lungs), "zones": none[: len(ZONES)], "ribs": none}
+
+    def effusion_mask(self):
+        """Where fluid hides a lung."""
+        inside = (self.x > 0) & (self.x < 1)
+        pairs = [(self.at(self.domes[s], self.iu), self.at(self._fluid_level(s), self.iu)) for s in (0, 1)]
+        return inside & ((self.v < pairs[0][0]) & (self.v > pairs[0][1]) | (self.v < pairs[1][0]) & (self.v > pairs[1][1]))
+
+    def pneumothorax_mask(self):
+        """Where there is air outside a lung."""
+        return self.masks()["lungs"].any(0) & (self.free_air() > 0.5)
+
+    def cardiomegaly_mask(self):
+        """The heart's silhouette."""
+        return (self.heart > 0) & (self.x > 0) & (self.v < np.maximum(*(self.at(d, self.iu) for d in self.domes)))
+
+    def opacity_mask(self):
+        """Where the shadow lies over the lung."""
+        return self.opacity()[1] & self.masks()["lungs"].any(0)

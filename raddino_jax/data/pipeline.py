@@ -1,0 +1,207 @@
+"""The host side of a batch: films as uint8 squares and block masks, by global batch slot, through Grain.
+
+Global slot s = step * batch_size + j names its example by a stateless shuffle, so the position in the data is the
+step: nothing to save, any number of hosts, exact resume. A host reads the slots of its own rows.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from raddino_jax import masking
+from raddino_jax.data import images, synthetic
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".webp", ".bmp", ".dcm", ".dicom", ""}
+
+
+class DataError(ValueError):
+    """A source that is not there or holds nothing; the message says what to do."""
+
+
+# --- sources: len(source), source.film(i) -> uint8 [H, W] of any size --------------------------------------
+
+
+class Folder:
+    """Every image file below a folder, as 8-bit grey films with the short side resized to `image_size`."""
+
+    kind = "real"
+
+    def __init__(self, path: str, image_size: int):
+        self.root, self.image_size = Path(path), image_size
+        if not self.root.is_dir():
+            raise DataError(f"folder {path!r} is not there; a folder source is written 'folder:PATH'")
+        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not self.files:
+            raise DataError(f"folder {path!r} holds no image files ({', '.join(sorted(SUFFIXES - {''}))})")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def film(self, index: int) -> np.ndarray:
+        try:
+            return images.resize_short_side(images.read(self.files[index]), self.image_size)
+        except images.ImageError as error:
+            raise DataError(f"{self.files[index]}: {error}") from error
+
+
+class Synthetic(synthetic.Synthetic):
+    """Procedural radiographs, square already."""
+
+    kind = "synthetic"
+
+    def film(self, index: int) -> np.ndarray:
+        return self[index]
+
+
+class Cached:
+    """Films of a source kept in host memory, up to a budget in bytes."""
+
+    def __init__(self, source, budget: float):
+        self.source, self.kind, self.budget = source, source.kind, budget
+        self.films: dict[int, np.ndarray] = {}
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def film(self, index: int) -> np.ndarray:
+        film = self.films.get(index)
+        if film is None:
+            film = self.source.film(index)
+            with self.lock:
+                if index not in self.films and film.nbytes <= self.budget:
+                    self.films[index] = film
+                    self.budget -= film.nbytes
+        return film
+
+
+def open_sources(data) -> list:
+    """The sources named in `config.data`, in order. Raises DataError for one that is not there."""
+    sources = [_open(name, data) for name in data.sources]
+    return [Cached(s, data.cache_gib * 2**30 / len(sources)) for s in sources] if data.cache_gib else sources
+
+
+def _open(name: str, data):
+    kind, _, argument = name.partition(":")
+    if kind == "synthetic":
+        return Synthetic(data.synthetic_size, data.image_size)
+    if kind == "folder":
+        return Folder(argument, data.image_size)
+    raise DataError(
+        f"dataset {name!r} is not prepared in data_dir {data.data_dir!r}; sources that need no preparation are "
+        "'synthetic' and 'folder:PATH'"
+    )
+
+
+# --- batches -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows [first, first + count) of a global batch of `batch_size` that this host feeds."""
+
+    first: int
+    count: int
+    batch_size: int
+
+    def slot(self, index: int) -> int:
+        """Global slot of this host's index-th example, counted from step 0."""
+        step, row = divmod(index, self.count)
+        return step * self.batch_size + self.first + row
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What `masking.group_masks` needs beside (seed, step, group)."""
+
+    group_size: int
+    image_size: int
+    patch_size: int
+    probability: float
+    ratio: tuple[float, float]
+
+
+class _Slots:
+    """Random access by this host's example index: the mixed, shuffled, endless stream of examples."""
+
+    def __init__(self, sources: Sequence, weights: Sequence[float], rows: Rows, steps: int, seed: int, square):
+        shuffled = [_endless(source, number, seed) for number, source in enumerate(sources)]
+        weights = list(weights) or [len(source) for source in sources]
+        self.stream = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
+        self.sources, self.rows, self.steps, self.square = sources, rows, steps, square
+
+    def __len__(self) -> int:
+        return self.steps * self.rows.count
+
+    def __getitem__(self, index: int) -> dict:
+        slot = self.rows.slot(index)
+        number, film = self.stream[slot]
+        return {"image": self.square(self.sources[number].film(film), slot), "source": number, "film": film}
+
+
+def _endless(source, number: int, seed: int) -> grain.MapDataset:
+    """(source number, film index) without end; every pass over the source in a new order."""
+    order = grain.MapDataset.range(len(source)).seed(seed + number).shuffle().repeat()
+    return order.map(lambda film: (number, int(film)))
+
+
+def batches(
+    data, *, rows: Rows, steps: int, start: int, seed: int, masks: MaskSpec, sources: Sequence | None = None
+) -> Iterator[dict]:
+    """Batches for steps start .. steps - 1 of this host's rows.
+
+    data: `config.data`. Yields {"images" uint8 [rows, S, S], "masks" uint8 [rows, 2, ceil(N / 8)] (bits, see
+    `pack`), "film" int64 [rows, 2] (source number and film index, the identity of each row)}.
+    """
+    sources = open_sources(data) if sources is None else sources
+    slots = _Slots(sources, data.weights, rows, steps, seed, _Square(data.image_size, data.window, seed))
+
+    def finish(step: int, examples: dict) -> dict:
+        groups = range(rows.first // masks.group_size, (rows.first + rows.count) // masks.group_size)
+        drawn = [_group_masks(seed, step, group, masks) for group in groups]
+        return {
+            "images": examples["image"],
+            "masks": pack(np.concatenate(drawn)),
+            "film": np.stack([examples["source"], examples["film"]], axis=1),
+        }
+
+    dataset = grain.MapDataset.source(slots)[start * rows.count :].batch(rows.count, drop_remainder=True)
+    dataset = dataset.map_with_index(lambda index, examples: finish(start + index, examples))
+    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, 1))
+    return iter(dataset.to_iter_dataset(options))
+
+
+def _group_masks(seed: int, step: int, group: int, spec: MaskSpec) -> np.ndarray:
+    """Masks of one group's images, bool [group_size, 2, N]."""
+    drawn = masking.group_masks(
+        seed, step, group, crops=2 * spec.group_size, image_size=spec.image_size, patch_size=spec.patch_size,
+        probability=spec.probability, ratio=spec.ratio,
+    )
+    return drawn.reshape(spec.group_size, 2, -1)
+
+
+def pack(masks: np.ndarray) -> np.ndarray:
+    """bool [..., N] -> uint8 [..., ceil(N / 8)]; the device unpacks with jnp.unpackbits(count=N)."""
+    return np.packbits(masks, axis=-1)
+
+
+@dataclass(frozen=True)
+class _Square:
+    """A square window of the film's short side: at a random place keyed by (seed, slot), or in the centre."""
+
+    size: int
+    window: str
+    seed: int
+
+    def __call__(self, film: np.ndarray, slot: int) -> np.ndarray:
+        spare = np.array(film.shape) - self.size
+        if self.window == "random":
+            rng = np.random.default_rng((self.seed, slot))
+            top, left = rng.integers(0, spare + 1)
+        else:
+            top, left = spare // 2
+        return np.ascontiguousarray(film[top : top + self.size, left : left + self.size])

@@ -1,0 +1,417 @@
+"""Synthetic chest radiographs: drawn patients with known findings, for trying the system without patient data.
+
+A film is a function of (seed, index) alone and looks the same at every size. What is wrong with a patient is drawn
+independently of how the film was taken (exposure, pose, collimation, noise) and of the patient's build, and findings
+are independent of each other, so nothing but the finding itself gives it away. Patients have one to four films.
+
+    films = Synthetic(10_000, image_size=224)
+    films[3]                      uint8 [224, 224]
+    films.labels(3)               {"effusion": 0.0, ..., "sex": "F", "age": 61.0, "view": "PA", ...}, cheap
+    films.film(3, masks=True)     image, labels, sentence, masks of lungs, zones, ribs and findings
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from scipy import ndimage
+
+from raddino_jax.data import anatomy
+
+FINDINGS = ("effusion", "pneumothorax", "nodule", "opacity", "cardiomegaly", "fracture")
+PREVALENCE = (0.25, 0.20, 0.22, 0.25, 0.25, 0.15)
+DEVICES = ("tube", "line", "pacemaker")
+VIEWS = ("PA", "AP", "LATERAL")
+
+ROOMS = ("block", "patient", "film", "sites", "vessels", "texture", "grain")  # of random numbers
+BLOCK = 10  # consecutive films that are shared out among patients of 1-4 films
+LASTING = 0.7  # chance that a finding (or its absence) is the same on another film of the patient
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """A person, and the findings that last."""
+
+    number: int
+    sex: str
+    age: float  # at the first film
+    bmi: float
+    weight: float  # kg
+    body: anatomy.Body
+    present: tuple
+    sites: dict
+    pacemaker: dict | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Technique:
+    """What detector, radiographer and software do to a film."""
+
+    level: float  # window position, fraction of the window
+    contrast: float
+    gamma: float
+    equalise: float  # how much of the slow variation the software removes
+    blur: float  # cm
+    noise: float  # grey levels
+    tilt: tuple  # heel effect across the film
+    cut: tuple  # collimated away at left, top, right, bottom (cm)
+    skew: float  # of the collimator, radians
+    outside: float  # grey of what is collimated away
+    letter: str  # "L", "R" or none
+    place: tuple  # of the letter: cm from the corner, size, angle
+    seed: tuple  # key of the noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Everything about one film but its pixels."""
+
+    patient: Patient
+    age: float
+    pose: anatomy.Pose
+    technique: Technique
+    findings: dict
+    devices: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """One film: image uint8 [S, S], what is on it, and on request boolean masks.
+
+    masks: "lungs" [2, S, S], "zones" [6, S, S], "ribs" [20, S, S] in the order of anatomy.SIDES, ZONES and RIBS,
+    and one [S, S] per finding. From the side both lungs share one outline, and zones and ribs are empty.
+    """
+
+    image: np.ndarray
+    labels: dict
+    sentence: str
+    masks: dict | None
+
+
+def _rng(seed, room, *key):
+    """A generator for one purpose; keys never meet across purposes."""
+    return np.random.default_rng([seed, ROOMS.index(room), *key])
+
+
+def patient_and_visit(index, seed=0):
+    """Number of the patient whose film this is (the index of the first), and how many came before."""
+    block, position = divmod(index, BLOCK)
+    starts = np.append(0, np.cumsum(_rng(seed, "block", block).integers(1, 5, BLOCK)))
+    start = int(starts[starts <= position][-1])
+    return block * BLOCK + start, position - start
+
+
+@functools.lru_cache(maxsize=256)
+def patient(number, seed=0):
+    """Draw a person: sex, age and habitus shape the body as they do in the population."""
+    rng = _rng(seed, "patient", number)
+    male = rng.random() < 0.53
+    age = float(np.clip(rng.normal(57, 18), 18, 92))
+    bmi = float(np.clip(26.5 + 5 * rng.normal() + 1.5 * abs(rng.normal()), 16, 46))
+    stature = rng.normal(1.77 if male else 1.64, 0.07)
+    old, n = max(age - 45, 0), rng.normal(0, 1, 16)
+    height = (26.3 if male else 24.0) + 6 * (stature - (1.77 if male else 1.64)) + n[0] - 0.02 * old
+    body = anatomy.Body(
+        half_width=(14.1 if male else 12.7) + 0.5 * n[1] + 0.04 * (bmi - 26),
+        height=height,
+        depth=(20.5 if male else 18.5) + 0.9 * n[2] + 0.12 * (bmi - 26) + 0.03 * old,
+        fat=float(np.clip(0.6 + 0.17 * (bmi - 19) + 0.25 * n[3], 0.3, 5.5)),
+        breast=max(0.12 * (bmi - 33), 0) if male else float(np.clip(1.6 + 0.14 * (bmi - 22) + 0.7 * n[4], 0.5, 6)),
+        bone=float(np.clip((1.1 if male else 1.0) - 0.008 * old + 0.1 * n[5], 0.5, 1.4)),
+        rib_half_width=(0.62 if male else 0.56) + 0.04 * n[6],
+        rib_drop=1 + 0.1 * n[7] + 0.004 * (age - 50),
+        cardiothoracic=float(np.clip(0.442 + 0.027 * n[8] + 0.0004 * (age - 50), 0.36, 0.49)),
+        knob=float(np.clip(0.3 + 0.02 * (age - 40) + 0.3 * n[9], 0, 2)),
+        calcified=bool(rng.random() < np.clip((age - 55) / 50, 0, 0.6)),
+        scoliosis=0.5 * n[10] * (1 + old / 60),
+        kyphosis=max(0.05 * (age - 60) + 0.6 * n[11], 0),
+        dome=float(np.clip(4.0 + 0.6 * n[12], 2.6, 5.6)),
+        elevation=1.2 + 0.7 * n[13],
+        vascularity=float(np.clip(1 + 0.15 * n[14], 0.6, 1.5)),
+        seed=(seed, ROOMS.index("vessels"), number),
+    )
+    present = tuple(rng.random(len(FINDINGS)) < PREVALENCE)
+    pacemaker = {"side": int(rng.random() < 0.8)} if rng.random() < 0.09 else None
+    return Patient(number, "M" if male else "F", age, bmi, bmi * stature**2, body, present, _sites(rng), pacemaker)
+
+
+def _place(rng):
+    """Somewhere in a lung: fractions of its width, height and depth."""
+    across, down, behind = rng.uniform((0.15, 0.12, 0.2), (0.85, 0.78, 0.85))
+    return {"side": int(rng.integers(2)), "across": across, "down": down, "behind": behind}
+
+
+def _sites(rng):
+    """Where and how large each finding would be if it were there (cm); small ones are common."""
+    u = rng.random(12)
+    side = int(rng.integers(2))
+    nodules = [
+        _place(rng) | {"radius": r, "density": d, "aspect": a}
+        for r, d, a in rng.uniform((0.6, 0.75, 0.85), (1.5, 1.2, 1.2), (3, 3))
+    ]
+    reticular = u[6] < 0.4
+    return {
+        "effusion": {"sides": (0, 1) if u[0] < 0.15 else (side,), "height": 2.2 + 9 * u[1] ** 1.7},
+        "pneumothorax": {"side": int(u[2] < 0.5), "gap": 0.9 + 4.5 * u[3] ** 2, "apical": 0.6 + 0.9 * u[4]},
+        "nodule": {"sites": nodules[: 1 if u[5] < 0.75 else 2 if u[5] < 0.92 else 3]},
+        "opacity": _place(rng) | {
+            "kind": "reticular" if reticular else "airspace", "aspect": 0.7 + 0.6 * u[7],
+            "radius": (3.5 if reticular else 2.2) + 3 * u[8], "density": (2 + 1.5 * u[9]) if reticular else (2.5 + 3 * u[9]),
+            "seed": tuple(rng.integers(2**31, size=2)),
+        },
+        "cardiomegaly": {"ratio": 0.53 + 0.12 * u[10] ** 1.3},
+        "fracture": {"side": int(rng.integers(2)), "rib": int(rng.integers(3, 10)), "across": rng.uniform(0.45, 0.92),
+                     "step": rng.uniform(0.6, 1.2) * rng.choice((-1, 1))},
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def case(index, seed=0):
+    """Draw all there is to know about a film."""
+    number, visit = patient_and_visit(index, seed)
+    person = patient(number, seed)
+    rng = _rng(seed, "film", index)
+    view = VIEWS[int(np.searchsorted((0.5, 0.83), rng.random()))]
+    age = person.age + visit * rng.uniform(0, 1.5)
+    pose = _pose(rng, view, person.body, (seed, ROOMS.index("texture"), index))
+    technique = _technique(rng, pose, person.body, (seed, ROOMS.index("grain"), index))
+    return Case(person, age, pose, technique, _findings(person, index, seed), _devices(rng, view, person))
+
+
+def _findings(person, index, seed):
+    """Most findings last from film to film; each film keeps the prevalence of the population."""
+    rng = _rng(seed, "sites", index)
+    lasting, fresh = rng.random(len(FINDINGS)) < LASTING, rng.random(len(FINDINGS)) < PREVALENCE
+    sites, found = _sites(rng), {}
+    for name, last, old, new in zip(FINDINGS, lasting, person.present, fresh):
+        if last and old:
+            found[name] = person.sites[name]
+        elif new and not last:
+            found[name] = sites[name]
+    return found
+
+
+def _devices(rng, view, person):
+    """Lines and tubes belong to the bedside film, whatever the findings."""
+    u, found = rng.random(8), {}
+    chance = 0.35 if view == "AP" else 0.06
+    if u[0] < chance:
+        kinds = ("endotracheal tube", "nasogastric tube", "chest tube")
+        found["tube"] = {"kind": kinds[int(3 * u[1])], "side": int(u[2] < 0.5), "tip": 2 + 2.5 * u[3]}
+    if u[4] < chance:
+        found["line"] = {"kind": "jugular" if u[5] < 0.55 else "subclavian", "side": int(u[6] < 0.35), "tip": 3 * u[7]}
+    if person.pacemaker:
+        found["pacemaker"] = person.pacemaker
+    return found
+
+
+def _pose(rng, view, body, seed):
+    """Lungs always lie on the film, though not in its middle."""
+    bedside = view == "AP"
+    inspiration = rng.normal(*((-1.1, 1.1) if bedside else (0.3, 0.8)))
+    inspiration = float(np.clip(inspiration, -3.5, 2.2))
+    base = body.height + inspiration
+    half = (0.62 * body.depth if view == "LATERAL" else body.half_width) + 1.5
+    field = max(rng.normal(36.5, 2.4), 2 * half + 0.5, base + 4.5)
+    room = field / 2 - half, (field - base - 4) / 2
+    shift = np.clip(rng.normal(0, 1.3, 2) * (1.4 if bedside else 1), np.negative(room), room)
+    degrees = rng.normal(0, 3.5 if bedside else 1.8)
+    return anatomy.Pose(
+        view=view,
+        field=field,
+        rotation=float(np.radians(np.clip(degrees, -8, 8))),
+        shift=(float(shift[0]), float(shift[1] - (base + 0.6) / 2)),
+        yaw=float(np.clip(rng.normal(0, 1.1 if bedside else 0.5), -2.2, 2.2)),
+        inspiration=inspiration,
+        arms=rng.uniform(0, 0.4) if bedside else rng.uniform(0.3, 1),
+        supine=bool(bedside and rng.random() < 0.5),
+        facing=int(rng.choice((-1, 1))) if view == "LATERAL" else 1,
+        stomach=rng.uniform(1, 2.4) if rng.random() < 0.6 else 0.0,
+        electrodes=bool(bedside and rng.random() < 0.4),
+        nipples=bool(rng.random() < 0.12),
+        fold=bool(bedside and rng.random() < 0.2),
+        seed=seed,
+    )
+
+
+def _technique(rng, pose, body, seed):
+    """Draw exposure, processing, collimation and marker."""
+    bedside = pose.view == "AP"
+    side, top = pose.field / 2 - body.half_width - 2, pose.field / 2 + pose.shift[1] - 2
+    room = side + pose.shift[0], top, side - pose.shift[0], 2.0
+    wanted = rng.uniform(0, 4, 4) * (rng.random(4) < 0.45) * (rng.random() < 0.6)
+    letter = "LR"[int(rng.random() < 0.3)] if rng.random() < 0.75 else ""
+    return Technique(
+        level=rng.normal(0, 0.05),
+        contrast=float(np.clip(rng.normal(0.85 if bedside else 1.0, 0.13), 0.55, 1.4)),
+        gamma=float(np.exp(rng.normal(0, 0.16))),
+        equalise=rng.uniform(0, 0.45),
+        blur=rng.uniform(0, 0.14 if bedside else 0.09),
+        noise=float(np.exp(rng.uniform(np.log(0.7), np.log(4.0)))),
+        tilt=tuple(rng.normal(0, 0.04, 2)),
+        cut=tuple(np.clip(np.minimum(wanted, room), 0, None)),
+        skew=rng.normal(0, 0.012),
+        outside=0.93 if rng.random() < 0.08 else rng.uniform(0, 0.06),
+        letter=letter,
+        place=(rng.uniform(1.5, 3.5), rng.uniform(1.5, 5), rng.uniform(1.0, 1.9), rng.normal(0, 0.2)),
+        seed=seed,
+    )
+
+
+LETTERS = {
+    "L": [[(0, 0), (0, 1), (0.55, 1)]],
+    "R": [[(0, 1), (0, 0), (0.4, 0.02), (0.5, 0.25), (0.4, 0.5), (0, 0.5)], [(0.25, 0.5), (0.55, 1)]],
+}
+
+
+def _letter(technique, pose, size):
+    """The lead letter in the upper corner of its side, grey [S, S] to add."""
+    px = pose.field / size
+    inset, down, height, angle = technique.place
+    left_of_picture = (technique.letter == "R") == (pose.facing == 1)
+    x0 = technique.cut[0] + inset if left_of_picture else pose.field - technique.cut[2] - inset - 0.6 * height
+    points = []
+    for stroke in LETTERS[technique.letter]:
+        stroke = np.array(stroke)
+        s = np.linspace(0, len(stroke) - 1, 24 * (len(stroke) - 1))
+        points.append(np.stack([np.interp(s, range(len(stroke)), stroke[:, k]) for k in (0, 1)], 1))
+    x, y = height * np.concatenate(points).T
+    x, y = x * np.cos(angle) - y * np.sin(angle) + x0, x * np.sin(angle) + y * np.cos(angle) + technique.cut[1] + down
+    sigma = np.full(x.shape, max(0.1 * height / px, 0.5))
+    return anatomy.splat(size, x / px, y / px, sigma, np.full(x.shape, 0.06 * height / px * 2.0 * sigma[0]))
+
+
+def develop(attenuation, technique, pose):
+    """Attenuation to film, uint8 [S, S]: automatic exposure, a film's S curve, noise, collimation, marker."""
+    size = len(attenuation)
+    px, cells = pose.field / size, max(size // 28, 1)
+    sample = attenuation[::cells, ::cells]
+    low, high = np.percentile(sample[sample > 0.4], (8, 96))
+    a = attenuation - technique.equalise * (_slow(attenuation) - np.float32(0.5 * (low + high)))
+    a -= np.float32(low)
+    a *= np.float32((1 + 0.6 * technique.equalise) / (high - low))
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    a += np.float32(technique.tilt[0]) * axis + np.float32(technique.tilt[1]) * axis[:, None]
+    grey = np.tanh(np.float32(2.2 * technique.contrast) * (a + np.float32(technique.level - 0.45)))
+    grey = (grey * 0.5 + np.float32(0.5001)) ** np.float32(technique.gamma)
+    if technique.blur > 0.3 * px:
+        grey = ndimage.gaussian_filter(grey, technique.blur / px, truncate=2.5)
+    # Few photons reach the dark side of a film's negative: its bright parts are the noisy ones.
+    grain = np.random.default_rng(technique.seed).standard_normal(grey.shape, np.float32)
+    grey += grain * (grey + np.float32(0.3)) * np.float32(technique.noise / 255)
+    if technique.letter:
+        grey += _letter(technique, pose, size)
+    if any(technique.cut):
+        open_field = _collimator(technique, pose, size)
+        grey = grey * open_field + np.float32(technique.outside) * (1 - open_field)
+    return (255 * np.clip(grey, 0, 1) + np.float32(0.5)).astype(np.uint8)
+
+
+def _slow(a):
+    """A copy without what is smaller than an eighth of the film."""
+    rows = anatomy.upsampling(len(a), 8)
+    means = rows / rows.sum(0)
+    return rows @ (means.T @ a @ means) @ rows.T
+
+
+def _collimator(technique, pose, size):
+    """1 where the shutters are open."""
+    axis = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) * np.float32(pose.field)
+    x, y = axis + np.float32(technique.skew) * axis[:, None], axis[:, None] - np.float32(technique.skew) * axis
+    left, top, right, bottom = technique.cut
+    half, width = pose.field / 2, max(0.2, pose.field / size)
+    near = np.minimum(np.minimum(x + half - left, half - right - x), np.minimum(y + half - top, half - bottom - y))
+    # A side that is not cut stays open where the skew would nip its corner.
+    return np.clip(near / np.float32(width) + 0.5 + 99 * (near < -9), 0, 1)
+
+
+def film(index, size, seed=0, masks=False):
+    """Film number `index` of the world `seed`, at any size."""
+    one = case(index, seed)
+    view = anatomy.Lateral if one.pose.view == "LATERAL" else anatomy.Frontal
+    scene = view(one.patient.body, one.pose, one.findings, one.devices, size)
+    image = develop(scene.render(), one.technique, one.pose)
+    return Film(image, labels(index, seed), sentence(one), _masks(scene) if masks else None)
+
+
+def _masks(scene):
+    found = scene.masks()
+    for name in FINDINGS:
+        shape = (scene.size, scene.size)
+        found[name] = getattr(scene, f"{name}_mask")() if name in scene.findings else np.zeros(shape, bool)
+    return found
+
+
+def labels(index, seed=0):
+    """What is known about a film, without drawing it."""
+    one = case(index, seed)
+    found = {name: float(name in one.findings) for name in FINDINGS}
+    found |= {name: float(name in one.devices) for name in DEVICES}
+    person = one.patient
+    return found | {
+        "sex": person.sex, "age": round(one.age, 1), "bmi": round(person.bmi, 1), "weight": round(person.weight, 1),
+        "view": one.pose.view, "patient_id": f"p{person.number:07d}",
+    }  # fmt: skip
+
+
+def _where(site):
+    return f"{anatomy.SIDES[site['side']]} {anatomy.LEVELS[int(3 * site['down'])]} zone"
+
+
+def sentence(one):
+    """The report's findings section: every finding and device with its side or zone, and no other."""
+    said = []
+    if site := one.findings.get("effusion"):
+        size = "Small" if site["height"] < 4 else "Moderate" if site["height"] < 8 else "Large"
+        both = len(site["sides"]) == 2
+        side = "bilateral" if both else anatomy.SIDES[site["sides"][0]]
+        said.append(f"{size} {side} pleural effusion{'s' * both}.")
+    if site := one.findings.get("pneumothorax"):
+        said.append(f"{'Small' if site['gap'] < 2 else 'Large'} {anatomy.SIDES[site['side']]} pneumothorax.")
+    if site := one.findings.get("nodule"):
+        places = [_where(s) for s in site["sites"]]
+        said.append(f"Nodule{'s' * (len(places) > 1)} in the {' and the '.join(places)}.")
+    if site := one.findings.get("opacity"):
+        said.append(f"{site['kind'].capitalize()} opacity in the {_where(site)}.")
+    if "cardiomegaly" in one.findings:
+        said.append("Cardiomegaly.")
+    if site := one.findings.get("fracture"):
+        said.append(f"Fracture of the {anatomy.SIDES[site['side']]} {ORDINALS[site['rib'] - 1]} rib.")
+    if not said:
+        said.append("Clear lungs, normal heart size, no acute abnormality.")
+    if site := one.devices.get("tube"):
+        side = f"{anatomy.SIDES[site['side']]} " if site["kind"] == "chest tube" else ""
+        said.append(f"{side}{site['kind']} in place.".capitalize())
+    if site := one.devices.get("line"):
+        said.append(f"{anatomy.SIDES[site['side']]} {site['kind']} central venous line.".capitalize())
+    if site := one.devices.get("pacemaker"):
+        said.append(f"{anatomy.SIDES[site['side']]} chest pacemaker.".capitalize())
+    return " ".join(said)
+
+
+class Synthetic:
+    """A random-access source of n films, for the data pipeline."""
+
+    def __init__(self, n: int, image_size: int, seed: int = 0):
+        self.n, self.image_size, self.seed = n, image_size, seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.film(i).image
+
+    def labels(self, i: int) -> dict:
+        """Findings and devices as 0.0 or 1.0, then sex, age, bmi, weight, view, patient_id."""
+        return labels(self._index(i), self.seed)
+
+    def film(self, i: int, masks: bool = False) -> Film:
+        """Image, labels, sentence and, on request, masks."""
+        return film(self._index(i), self.image_size, self.seed, masks)
+
+    def _index(self, i):
+        i = int(i)
+        if not -self.n <= i < self.n:
+            raise IndexError(f"film {i} of {self.n}")
+        return i % self.n

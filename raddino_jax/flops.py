@@ -1,0 +1,82 @@
+"""Analytic FLOPs of a config: what MFU is measured against.
+
+Conventions: one multiply-add is 2 FLOPs; only matrix products and attention count; a backward pass is twice its
+forward, once for the patch embedding, whose input needs no gradient; recomputation earns nothing. The compiler's own
+count is no use here: it counts the body of a loop once.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Dense bf16 peak in TFLOP/s, memory in GiB and its bandwidth in TB/s, from the makers' data sheets."""
+
+    peak: float
+    memory: float
+    bandwidth: float
+
+
+CHIPS = {  # by the start of jax's device_kind
+    "NVIDIA A100": Chip(312.0, 80, 2.04),
+    "NVIDIA H100": Chip(989.4, 80, 3.35),
+    "NVIDIA H200": Chip(989.4, 141, 4.8),
+    "TPU v4": Chip(275.0, 32, 1.2),
+    "TPU v5 lite": Chip(197.0, 16, 0.82),
+    "TPU v5e": Chip(197.0, 16, 0.82),
+    "TPU v5p": Chip(459.0, 95, 2.77),
+    "TPU v5": Chip(459.0, 95, 2.77),
+    "TPU v6 lite": Chip(918.0, 32, 1.64),
+    "TPU v6e": Chip(918.0, 32, 1.64),
+}
+
+
+def chip(device: jax.Device) -> Chip | None:
+    """The data sheet of a device, None where it is unknown (a CPU)."""
+    return next((row for kind, row in CHIPS.items() if device.device_kind.startswith(kind)), None)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Forward FLOPs of one crop: what drop path may skip, and the patch embedding."""
+
+    blocks: float
+    embedding: float
+
+
+def vit(backbone, side: int) -> Crop:
+    """Forward pass of one crop of side x side pixels through a `models.vit.ViT`, three channels."""
+    width, patches = backbone.width, (side // backbone.patch_size) ** 2
+    tokens = patches + 1 + backbone.registers
+    # SwiGLU's three products of 8/3 D cost what the MLP's two of 4 D cost, up to rounding.
+    hidden = 4 * width if backbone.ffn == "mlp" else 1.5 * ((int(4 * width * 2 / 3) + 7) // 8 * 8)
+    linear = tokens * 2 * (4 * width**2 + 2 * width * hidden)
+    attention = 4 * tokens**2 * width
+    return Crop(backbone.depth * (linear + attention), patches * 2 * 3 * backbone.patch_size**2 * width)
+
+
+def head(head, width: int) -> float:
+    """Forward pass of one token through a `models.heads.DINOHead`, prototypes included."""
+    widths = [width] + [head.hidden] * (head.layers - 1) + [head.bottleneck, head.prototypes]
+    return sum(2 * a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+
+def step(objective, global_size: int, local_size: int, local_crops: int) -> float:
+    """FLOPs per image of one training step: teacher forward, student forward and backward, heads.
+
+    Masked tokens are counted at their static budget, because padding is computed too.
+    """
+    rates = objective.drop_rates
+    keep = 1 - sum(rates) / len(rates)
+    big, small = vit(objective.backbone, global_size), vit(objective.backbone, local_size)
+    teacher = 2 * (big.blocks + big.embedding)
+    student = sum(
+        crops * (3 * keep * crop.blocks + 2 * crop.embedding) for crops, crop in ((2, big), (local_crops, small))
+    )
+    width = objective.backbone.width
+    masked = objective.masked_budget / objective.group_size
+    dino = head(objective.dino_head, width) * (2 + 3 * (2 + local_crops))
+    ibot = head(objective.ibot_head or objective.dino_head, width) * masked * 4
+    return teacher + student + dino + ibot

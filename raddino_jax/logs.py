@@ -1,0 +1,108 @@
+"""What a run says: metrics.jsonl, TensorBoard and one progress line, with throughput, data wait and MFU."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+TIMINGS = ("images_per_second", "step_seconds", "data_wait_fraction", "mfu", "seconds")
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Metrics:
+    """metrics.jsonl (one object per line, each step once) and TensorBoard events of one workdir."""
+
+    def __init__(self, workdir: Path, start: int = 0):
+        """start: steps already finished; later lines, of a run that was killed, are taken out."""
+        from tensorboardX import SummaryWriter
+
+        self.path = Path(workdir) / "metrics.jsonl"
+        _keep_until(self.path, start)
+        self.file = self.path.open("a")
+        self.events = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, values: dict) -> None:
+        """Append one line; it is on disk when this returns."""
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl; an unfinished last line is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the writer was killed inside this line
+    return rows
+
+
+def _keep_until(path: Path, step: int) -> None:
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename: nobody sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Meter:
+    """Rates between two log lines: images/s, share of time spent waiting for data, MFU."""
+
+    def __init__(self, batch_size: int, flops_per_image: float, peak: float | None):
+        """peak: FLOP/s of all devices together, None where it is unknown."""
+        self.batch_size, self.flops, self.peak = batch_size, flops_per_image, peak
+        self.reset()
+
+    def reset(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def rates(self) -> dict:
+        """The rates since the last call; then start anew."""
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        images = self.steps * self.batch_size / elapsed
+        row = {
+            "images_per_second": images,
+            "step_seconds": elapsed / max(self.steps, 1),
+            "data_wait_fraction": self.waited / elapsed,
+            "mfu": None if self.peak is None else images * self.flops / self.peak,
+        }
+        self.reset()
+        return row
+
+
+def progress(step: int, steps: int, row: dict) -> str:
+    """One line: where the run is, what it loses, how fast it goes, when it ends."""
+    left = (steps - step) * row["step_seconds"]
+    mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+    width = len(str(steps))
+    return (
+        f"step {step:{width}d}/{steps}  loss {row['loss']:7.4f}  dino {row['dino_global'] + row['dino_local']:6.3f}  "
+        f"ibot {row['ibot']:6.3f}  {row['images_per_second']:7.1f} images/s  "
+        f"data wait {row['data_wait_fraction']:4.0%}{mfu}  eta {duration(left)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

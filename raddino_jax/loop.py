@@ -1,0 +1,69 @@
+"""The only training loop in the house: dispatch, prefetch, report one step late, save."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Terminated:
+    """True once the process was asked to end (SIGTERM); the loop then saves and returns."""
+
+    def __init__(self):
+        self.asked = False
+        try:
+            signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:
+            pass  # not the main thread: the caller handles signals
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+def run(
+    state: Any,
+    step_fn: Callable[[Any, Any], tuple[Any, Any]],
+    batches: Iterator,
+    *,
+    start: int,
+    steps: int,
+    report: Callable[[int, Any], None],
+    save: Callable[[int, Any], None],
+    checkpoint_every: int,
+    meter,
+    stop: Callable[[], bool] = bool,
+) -> tuple[Any, int]:
+    """Run steps start + 1 .. steps and return (state, last finished step).
+
+    step_fn(state, batch) -> (state, metrics) is asynchronous: the metrics of step t - 1 are reported after step t is
+    dispatched, and the next batch is fetched meanwhile. Before a save every metric up to it has been
+    reported, so a run resumed from there has lost no line. stop() true ends the run after a save.
+    """
+    step, pending = start, None
+    batch = _next(batches, meter) if start < steps else None
+    while step < steps:
+        state, metrics = step_fn(state, batch)
+        step += 1
+        batch = _next(batches, meter) if step < steps else None
+        if pending is not None:
+            report(*pending)
+        pending = (step, metrics)
+        meter.steps += 1
+        ending = step == steps or stop()
+        if ending or step % checkpoint_every == 0:
+            report(*pending)
+            pending = None
+            save(step, state)
+            if ending:
+                break
+    return state, step
+
+
+def _next(batches: Iterator, meter):
+    began = time.perf_counter()
+    batch = next(batches)
+    meter.waited += time.perf_counter() - began
+    return batch

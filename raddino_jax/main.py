@@ -1,0 +1,87 @@
+"""Run one config: python -m raddino_jax.main --config=configs/NAME.py [--workdir=DIR] [--config.a.b=value ...].
+
+The first checkpointed run of a workdir writes config.json there; the same command continues it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# Virtual CPU devices deadlock with fewer threads than this; it must be set before jax is imported.
+os.environ.setdefault("PJRT_NPROC", "32")
+
+import jax  # noqa: E402
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from raddino_jax import logs, train  # noqa: E402
+from raddino_jax.data import pipeline  # noqa: E402
+
+TASKS = {"pretrain": train.run}
+
+# What may change between the starts of one run: where and how often to save and say, not what is computed.
+HARMLESS = (
+    "log_every", "checkpoint_every", "keep", "keep_every", "eval_every", "then", "data.threads", "data.prefetch",
+    "data.cache_gib", "data.data_dir", "model.remat", "model.attention", "loss.logits_budget", "mesh.fsdp",
+)
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/quickstart.py.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/<config file name>.")
+
+
+def main(_) -> None:
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value or Path("runs") / _config_name())
+    if config is None:
+        raise train.ConfigError("no config: give --config=configs/NAME.py, e.g. configs/quickstart.py")
+    if config.task not in TASKS:
+        raise train.ConfigError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")
+    _settle(config, workdir)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "raddino_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    TASKS[config.task](config, workdir)
+
+
+def _config_name() -> str:
+    """Name of the config file without path, suffix and arguments."""
+    given = flags.FLAGS["config"].config_filename if _CONFIG.value is not None else ""
+    return Path(given.partition(":")[0]).stem or "run"
+
+
+def _settle(config, workdir: Path) -> None:
+    """Write config.json, or refuse a workdir that belongs to another config."""
+    path, text = workdir / "config.json", config.to_json(indent=2, sort_keys=True) + "\n"
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        changed = train.config_differences(json.loads(path.read_text()), json.loads(text))
+        changed = [line for line in changed if line.partition(":")[0] not in HARMLESS]
+        if changed:
+            raise train.ConfigError(
+                f"{workdir} belongs to a run with another config; give another --workdir, or take these back:\n"
+                + "\n".join(f"  - {line}" for line in changed)
+            )
+    logs.write_whole(path, text)
+
+
+def cli() -> None:
+    """Console entry: errors a user can mend are one message and exit code 2, not a traceback."""
+    try:
+        app.run(main, flags_parser=_parse)
+    except (train.ConfigError, pipeline.DataError) as error:
+        sys.exit(_refuse(error))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        sys.exit(_refuse(error))
+
+
+def _refuse(error: Exception) -> int:
+    logs.say(f"raddino_jax: {error.args[0] if error.args else error}")
+    return 2
+
+
+if __name__ == "__main__":
+    cli()

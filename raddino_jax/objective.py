@@ -1,0 +1,206 @@
+"""The paper's objective: student and teacher on (views, masks) -> losses and metrics.
+
+total = DINO(global crops) + DINO(local crops) + iBOT(masked patches) + KoLeo(class tokens), each term in
+the amount in which it is optimised (the reference logs KoLeo and iBOT at half of that).
+Reference: DINOv2 `train/ssl_meta_arch.py`; arXiv 2401.10815, section 3.1.
+
+Letters: B images, V local crops, N patches of a global crop, D width, b bottleneck, K prototypes,
+G groups of `group_size` consecutive images, U masked tokens a group may have (static), R shards.
+Arrays keep the images outermost: [B, 2, ...] for global crops, [B, V, ...] for local ones.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from raddino_jax import losses
+from raddino_jax.models.heads import DINOHead, prototypes
+from raddino_jax.models.vit import ViT, draw_subsets
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Networks and constants of the objective; every field is static.
+
+    ibot_head: None when DINO and iBOT share one head. masked_budget: U. shards: devices the batch is split
+    over. logits_budget: prototype logits alive at once per shard. koleo_group: images among which KoLeo
+    searches neighbours.
+    """
+
+    backbone: ViT
+    dino_head: DINOHead
+    ibot_head: DINOHead | None
+    group_size: int
+    koleo_group: int
+    masked_budget: int
+    drop_rates: tuple[float, ...]
+    centring: str = "sinkhorn"
+    sinkhorn_iterations: int = 3
+    centre_momentum: float = 0.9
+    student_temperature: float = 0.1
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    shards: int = 1
+    logits_budget: int = 2**26
+
+    def init(self, key: Array) -> dict:
+        """Fresh parameters {"backbone", "dino_head"[, "ibot_head"]}."""
+        keys = jax.random.split(key, 3)
+        size = self.backbone.image_size
+        features = jnp.zeros((1, self.backbone.width))
+        params = {
+            "backbone": self.backbone.init(keys[0], jnp.zeros((1, size, size, 1)))["params"],
+            "dino_head": self.dino_head.init(keys[1], features)["params"],
+        }
+        if self.ibot_head is not None:
+            params["ibot_head"] = self.ibot_head.init(keys[2], features)["params"]
+        return params
+
+    def init_centres(self) -> dict:
+        """Zero centres; Sinkhorn has none."""
+        if self.centring == "sinkhorn":
+            return {}
+        ibot = self.ibot_head or self.dino_head
+        return {"dino": jnp.zeros(self.dino_head.prototypes), "ibot": jnp.zeros(ibot.prototypes)}
+
+    def patch_head(self, params: dict) -> tuple[DINOHead, dict]:
+        """The head of the patches and its parameters."""
+        if self.ibot_head is None:
+            return self.dino_head, params["dino_head"]
+        return self.ibot_head, params["ibot_head"]
+
+    def __call__(
+        self, student: dict, teacher: dict, centres: dict, views: dict, masks: Array, key: Array, temperature: Array
+    ) -> tuple[Array, tuple[dict, dict]]:
+        """(total loss, (metrics, centres for the next step)).
+
+        student, teacher: parameters as `init` makes them; no gradient flows to the teacher.
+        views: {"global" [B, 2, H, W, C], "local" [B, V, h, w, C]}, normalised. masks: bool [B, 2, N].
+        key: of the step, for stochastic depth. temperature: the teacher's.
+        """
+        index, weight = masked_tokens(masks, self.group_size, self.masked_budget)
+        taught, centres = self.teach(jax.lax.stop_gradient(teacher), centres, views, index, weight, temperature)
+        crops = self.study(student, views, masks, index, key)
+        terms = self.compare(student, taught, crops)
+        metrics = terms | {"masked_tokens": (weight > 0).sum()}
+        return sum(terms.values()), (metrics, centres)
+
+    def teach(self, teacher, centres, views, index, weight, temperature) -> tuple[dict, dict]:
+        """Targets from unmasked global crops: unit vectors and biases of class tokens and masked patches."""
+        images, out = self._global(teacher, views["global"])
+        head, head_params = self.patch_head(teacher)
+        cls = self.dino_head.apply({"params": teacher["dino_head"]}, out["cls"]).reshape(images, 2, -1)
+        patches = head.apply({"params": head_params}, self._gather(out["patches"], index))
+        valid = (weight > 0).astype(jnp.float32)
+        taught = {"weight": weight, "temperature": temperature}
+        for name, rows, ok, params in [
+            ("dino", cls.reshape(len(weight), -1, cls.shape[-1]), None, teacher["dino_head"]),
+            ("ibot", patches, valid, head_params),
+        ]:
+            ok = jnp.ones(rows.shape[:2]) if ok is None else ok
+            weights = prototypes(params)
+            bias, centres = self._centre(name, rows, ok, weights, centres, temperature)
+            taught[name] = {"prototypes": weights, "bias": bias, "temperature": temperature}
+        taught["dino"]["rows"], taught["ibot"]["rows"] = cls, patches
+        return taught, centres
+
+    def _centre(self, name, rows, valid, weights, centres, temperature):
+        if self.centring == "sinkhorn":
+            rows, valid = self._shard(rows.reshape(-1, rows.shape[-1])), self._shard(valid.reshape(-1))
+            iterations, budget = self.sinkhorn_iterations, self.logits_budget
+            return losses.sinkhorn_bias(rows, valid, weights, temperature, iterations, budget), centres
+        bias = losses.centre_bias(centres[name], temperature)
+        moved = losses.update_centre(centres[name], rows, valid, weights, self.centre_momentum)
+        return bias, centres | {name: moved}
+
+    def study(self, student, views, masks, index, key) -> dict:
+        """The student on masked global crops and on local crops."""
+        groups = len(masks) // self.group_size
+        global_key, local_key = jax.random.split(key)
+        subsets = draw_subsets(global_key, groups, 2 * self.group_size, self.drop_rates)
+        images, out = self._global(student, views["global"], masks, subsets)
+        crops = {
+            "features": out["cls"].reshape(images, 2, -1),
+            "patches": self._gather(out["patches"], index),
+        }
+        local = views["local"]
+        if local.shape[1]:
+            subsets = draw_subsets(local_key, groups, local.shape[1] * self.group_size, self.drop_rates)
+            flat = local.reshape(-1, *local.shape[2:])
+            out = self.backbone.apply({"params": student["backbone"]}, flat, None, subsets)
+            crops["local"] = out["cls"].reshape(images, local.shape[1], -1)
+        return crops
+
+    def compare(self, student, taught, crops) -> dict[str, Array]:
+        """The four terms of the loss, weighted as optimised."""
+        images, local = len(crops["features"]), crops.get("local")
+        pairs = 2 + (2 * local.shape[1] if local is not None else 1)  # as the reference counts, V = 0 too
+        per_pair = jnp.full(images, self.dino_weight / (images * pairs))
+        project = lambda x: self.dino_head.apply({"params": student["dino_head"]}, x)  # noqa: E731
+        weights, dino = prototypes(student["dino_head"]), taught["dino"]
+        rows = dino["rows"]
+
+        def dino_term(z, teachers, weight):
+            return self._cross_entropy(z, weights, dino | {"rows": teachers, "weight": weight})
+
+        globals_, swapped = project(crops["features"]), rows[:, ::-1]  # each crop learns from the other
+        terms = {"dino_global": dino_term(_items(globals_), _items(swapped), jnp.repeat(per_pair, 2))}
+        terms["dino_local"] = 0.0 if local is None else dino_term(project(local), rows, per_pair)
+        head, head_params = self.patch_head(student)
+        patches = head.apply({"params": head_params}, crops["patches"])
+        # Divided by all 2 B global crops although only some are masked: the reference's scale.
+        weight = taught["weight"].reshape(-1) * (self.ibot_weight / (2 * images))
+        ibot = taught["ibot"] | {"rows": _items(taught["ibot"]["rows"]), "weight": weight}
+        terms["ibot"] = self._cross_entropy(_items(patches), prototypes(head_params), ibot)
+        terms["koleo"] = self._koleo(crops["features"])
+        return terms
+
+    def _cross_entropy(self, z, weights, teacher):
+        teacher = teacher | {k: self._shard(teacher[k]) for k in ("rows", "weight")}
+        return losses.cross_entropy(self._shard(z), weights, teacher, self.student_temperature, self.logits_budget)
+
+    def _koleo(self, features):
+        if not self.koleo_weight:
+            return jnp.zeros(())
+        groups = features.reshape(-1, self.koleo_group, 2, features.shape[-1])
+        groups = jnp.moveaxis(groups, 2, 1).reshape(-1, self.koleo_group, features.shape[-1])
+        return 2 * self.koleo_weight * losses.koleo(groups)  # one term per global crop
+
+    def _global(self, params, crops, masks=None, subsets=None):
+        images = len(crops)
+        masks = None if masks is None else masks.reshape(images * 2, -1)
+        flat = crops.reshape(images * 2, *crops.shape[2:])
+        return images, self.backbone.apply({"params": params["backbone"]}, flat, masks, subsets)
+
+    def _gather(self, patches, index):
+        """Patch tokens [2 B, N, D] -> masked tokens of each group [G, U, D]."""
+        grouped = patches.reshape(len(index), -1, patches.shape[-1])
+        return jnp.take_along_axis(grouped, index[..., None], axis=1)
+
+    def _shard(self, x):
+        """[rows, ...] -> [R, rows / R, ...]: the chunks of one shard stay on its device."""
+        return x.reshape(self.shards, -1, *x.shape[1:])
+
+
+def masked_tokens(masks: Array, group_size: int, budget: int) -> tuple[Array, Array]:
+    """Where the masked patches of each group are, and what each weighs.
+
+    masks: bool [B, 2, N]. Returns (index int [G, budget] into the group's 2 group_size N patches, ascending,
+    0 where padded; weight float32 [G, budget], 1 / (masked patches of the token's crop), 0 where padded).
+    """
+    crops = masks.reshape(-1, 2 * group_size, masks.shape[-1])
+    flat = crops.reshape(len(crops), -1)
+    index = jax.vmap(lambda mask: jnp.nonzero(mask, size=budget, fill_value=0)[0])(flat)
+    weights = 1.0 / jnp.maximum(crops.sum(axis=2), 1).astype(jnp.float32)
+    weight = jnp.take_along_axis(weights, index // masks.shape[-1], axis=1)
+    valid = jnp.arange(budget) < flat.sum(axis=1, keepdims=True)
+    return index, jnp.where(valid, weight, 0.0)
+
+
+def _items(x: Array) -> Array:
+    """[a, c, b] -> [a c, 1, b]: every row an item of its own."""
+    return x.reshape(-1, 1, x.shape[-1])

@@ -1,0 +1,67 @@
+"""The device mesh, (pattern -> PartitionSpec) rules, and arrays that are born where they live.
+
+One mesh with two axes: `data` and `fsdp`. A batch is split over both, parameters over `fsdp` by rule.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from raddino_jax import params as trees
+
+BATCH = P(("data", "fsdp"))
+
+# Column-split for layers that widen, row-split for layers that narrow, prototypes by prototype. Names of the
+# optimiser's moments and of the teacher end in the same way as the student's.
+PARAMETER_RULES = [
+    (r"(qkv|fc1|w12|mlp_0|mlp_2)/kernel$", P(None, "fsdp")),
+    (r"(proj|fc2|w3|mlp_4)/kernel$", P("fsdp", None)),
+    (r"last_layer/weight_[gv]$", P("fsdp", None)),
+    (r"", P()),
+]
+
+
+def make_mesh(devices: Sequence[jax.Device], fsdp: int = 1) -> Mesh:
+    """Mesh (data, fsdp) over all devices. Raises ValueError when `fsdp` does not divide them."""
+    if len(devices) % fsdp:
+        raise ValueError(f"config.mesh.fsdp={fsdp} does not divide {len(devices)} devices; use a divisor")
+    grid = np.asarray(devices).reshape(-1, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def shardings(tree, mesh: Mesh):
+    """NamedSharding for every leaf of a tree of arrays or shapes, by PARAMETER_RULES on its path.
+
+    A dimension that the axis does not divide stays whole: small heads need not be padded.
+    """
+    rules = [(pattern, spec) for pattern, spec in PARAMETER_RULES]
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = trees.match(rules, [name])[name]
+        fits = len(spec) <= leaf.ndim and all(
+            axis is None or leaf.shape[i] % mesh.shape[axis] == 0 for i, axis in enumerate(spec)
+        )
+        return NamedSharding(mesh, spec if fits else P())
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def born_sharded(init: Callable, mesh: Mesh, *args):
+    """`init(*args)`, jitted so that every array is created in its place."""
+    target = shardings(jax.eval_shape(init, *args), mesh)
+    return jax.jit(init, out_shardings=target)(*args)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the first axis of every array of a batch is split."""
+    return NamedSharding(mesh, BATCH)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows -> global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,414 @@
+"""Pre-training: what a config builds, the training state, one step, and the run.
+
+Reference: arXiv 2401.10815, section 3.1 and E.1; the order of one iteration is DINOv2's `train/train.py`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+
+from raddino_jax import augment, checkpoints, flops, logs, loop, masking, optim, sharding
+from raddino_jax import params as trees
+from raddino_jax.data import pipeline
+from raddino_jax.models.heads import DINOHead
+from raddino_jax.models.vit import FFN, REMAT, VARIANTS, ViT
+from raddino_jax.objective import Objective
+
+Array = jax.Array
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message lists every problem with its mend."""
+
+
+# --- from a config to the parts of a step -------------------------------------------------------------
+
+
+def backbone_of(config, platform: str = "cpu") -> ViT:
+    """The ViT of `config.model`, computing in `config.compute_dtype` on the given platform."""
+    model = config.model
+    shape = dict(VARIANTS[model.variant])
+    shape |= {k: model[k] for k in ("width", "depth", "heads", "ffn") if model[k]}
+    same = ("patch_size", "image_size", "registers", "layerscale", "antialias", "offset", "remat")
+    return ViT(
+        **shape,
+        **{k: model[k] for k in same},
+        attention=platform if model.attention == "auto" else model.attention,
+        dtype=jnp.dtype(config.compute_dtype),
+    )
+
+
+def objective_of(config, shards: int = 1, platform: str = "cpu") -> Objective:
+    """Networks and constants of the objective; shards: devices the batch is split over."""
+    dtype = jnp.dtype(config.compute_dtype)
+    backbone, head, loss = backbone_of(config, platform), config.head, config.loss
+    rate, depth = config.model.drop_path, backbone.depth
+    rates = [rate] * depth if config.model.drop_path_uniform else list(np.linspace(0, rate, depth))
+    patches = (config.views.global_size // config.model.patch_size) ** 2
+    return Objective(
+        backbone=backbone,
+        dino_head=DINOHead(head.prototypes, head.hidden, head.bottleneck, head.layers, dtype),
+        ibot_head=DINOHead(head.ibot_prototypes, head.ibot_hidden, head.ibot_bottleneck, head.ibot_layers, dtype)
+        if head.separate else None,
+        group_size=config.group_size,
+        koleo_group=config.koleo_group,
+        masked_budget=masking.token_budget(
+            2 * config.group_size, patches, config.masks.probability, tuple(config.masks.ratio)
+        ),
+        drop_rates=tuple(float(r) for r in rates),
+        centring=loss.centring,
+        sinkhorn_iterations=loss.sinkhorn_iterations,
+        centre_momentum=loss.centre_momentum,
+        student_temperature=loss.student_temperature,
+        dino_weight=loss.dino,
+        ibot_weight=loss.ibot,
+        koleo_weight=loss.koleo,
+        shards=shards,
+        logits_budget=loss.logits_budget,
+    )
+
+
+def optimizer_of(config) -> optim.Optimizer:
+    """AdamW with the groups of `config.optim`."""
+    o = config.optim
+    return optim.Optimizer(
+        backbone_of(config).depth, o.clip, o.layer_decay, o.patch_embed_factor, tuple(o.betas), o.eps
+    )
+
+
+def run_steps(config, examples: int) -> int:
+    """Length of the run in steps: `config.duration` where it is set, else `config.steps`."""
+    if not config.duration:
+        return config.steps
+    return optim.to_steps(config.duration, 0, config.batch_size, _epoch_steps(config, examples))
+
+
+def _epoch_steps(config, examples: int) -> float:
+    return config.epoch_steps or examples / config.batch_size
+
+
+def schedules_of(config, steps: int, examples: int) -> optim.Schedules:
+    """Every schedule of a run of `steps` steps over `examples` films."""
+    o, epoch = config.optim, _epoch_steps(config, examples)
+
+    def duration(value):
+        return optim.to_steps(value, steps, config.batch_size, epoch)
+
+    return optim.Schedules(
+        total=duration(o.horizon) if o.horizon else steps,
+        lr=(o.base_lr * optim.SCALING[o.lr_scaling](config.batch_size), o.final_lr),
+        lr_warmup=duration(o.warmup),
+        weight_decay=tuple(o.weight_decay),
+        momentum=tuple(o.momentum),
+        teacher_temperature=tuple(o.teacher_temperature),
+        teacher_temperature_warmup=duration(o.teacher_temperature_warmup),
+        freeze_last_layer=duration(o.freeze_last_layer),
+        head_warmup=duration(o.head_warmup),
+    )
+
+
+# --- checks before anything is compiled ---------------------------------------------------------------
+
+
+def check(config, devices: int = 1, hosts: int = 1) -> None:
+    """Raise ConfigError with every impossible combination and its mend."""
+    problems = [message for bad, message in _rules(config, devices, hosts) if bad]
+    if problems:
+        raise ConfigError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _rules(config, devices: int, hosts: int):
+    model, views, data = config.model, config.views, config.data
+    yield from _model_rules(config)
+    p = model.patch_size
+    for name, size in [("views.global_size", views.global_size), ("views.local_size", views.local_size),
+                       ("model.image_size", model.image_size)]:
+        yield size % p, f"{name}={size} is no multiple of model.patch_size={p}: use {size // p * p or p}"
+    batch, group, koleo = config.batch_size, config.group_size, config.koleo_group
+    fits = [g for g in range(1, batch + 1) if batch % g == 0 and batch // g % devices == 0]
+    per_device = f"the largest group_size that fits is {max(fits)}" if fits else (
+        f"make batch_size a multiple of {devices}"
+    )
+    yield group < 1 or batch % group, f"batch_size={batch} is not divided by group_size={group}: {per_device}"
+    if group >= 1 and batch % group == 0:
+        yield batch // group % devices, (
+            f"{batch // group} groups (batch_size={batch} / group_size={group}) do not spread evenly over {devices} "
+            f"devices: {per_device}"
+        )
+    yield koleo < 1 or batch % koleo, f"batch_size={batch} is not divided by koleo_group={koleo}: use a divisor"
+    yield batch % hosts or batch < hosts, f"batch_size={batch} rows cannot be shared by {hosts} hosts: use a multiple"
+    yield devices % config.mesh.fsdp, f"mesh.fsdp={config.mesh.fsdp} does not divide {devices} devices: use a divisor"
+    weights = data.weights
+    yield not data.sources, "data.sources is empty: name at least one, e.g. ('synthetic',)"
+    yield weights and len(weights) != len(data.sources), (
+        f"data.weights has {len(weights)} entries for {len(data.sources)} sources: give one each, or ()"
+    )
+    yield any(not isinstance(w, (int, float)) or w <= 0 for w in weights), "data.weights must be positive numbers"
+    yield any(not isinstance(s, str) for s in data.sources), (
+        "data.sources must be names in quotes: --config.data.sources=\"('synthetic',)\""
+    )
+    yield data.window not in ("random", "centre"), f"data.window={data.window!r} must be 'random' or 'centre'"
+    yield config.steps < 1, f"steps={config.steps} must be at least 1"
+    yield min(config.log_every, config.checkpoint_every) < 1, "log_every and checkpoint_every must be at least 1"
+    yield views.local_crops < 0, f"views.local_crops={views.local_crops} must be 0 or more"
+    yield from _duration_rules(config)
+
+
+def _model_rules(config):
+    model, optim_, loss = config.model, config.optim, config.loss
+    for name, value, known in [
+        ("model.variant", model.variant, VARIANTS), ("model.remat", model.remat, REMAT),
+        ("model.ffn", model.ffn or "mlp", FFN), ("optim.lr_scaling", optim_.lr_scaling, optim.SCALING),
+        ("loss.centring", loss.centring, ("sinkhorn", "softmax")),
+        ("compute_dtype", config.compute_dtype, ("float32", "bfloat16")),
+    ]:
+        yield value not in known, f"{name}={value!r} must be one of {', '.join(known)}"
+    if model.variant in VARIANTS:
+        shape = VARIANTS[model.variant] | {k: model[k] for k in ("width", "heads") if model[k]}
+        width, heads = shape["width"], shape["heads"]
+        yield width % heads, f"model.width={width} is not divided by model.heads={heads}: use a divisor"
+    yield not 0 <= model.drop_path < 1, f"model.drop_path={model.drop_path} must be in [0, 1)"
+    low, high = config.masks.ratio
+    yield not 0 <= low <= high <= 1, f"masks.ratio={config.masks.ratio} must be an interval inside [0, 1]"
+    yield not 0 <= config.masks.probability <= 1, f"masks.probability={config.masks.probability} must be in [0, 1]"
+    budget = masking.token_budget(
+        2 * config.group_size, (config.views.global_size // model.patch_size) ** 2,
+        config.masks.probability, tuple(config.masks.ratio),
+    ) if config.group_size > 0 else 1
+    yield budget == 0 and loss.ibot > 0, (
+        "no patch is ever masked (masks.probability, masks.ratio or group_size is too small): set loss.ibot=0 as well"
+    )
+
+
+def _duration_rules(config):
+    o = config.optim
+    durations = {"duration": config.duration, "optim.horizon": o.horizon} | {
+        f"optim.{k}": o[k] for k in ("warmup", "teacher_temperature_warmup", "freeze_last_layer", "head_warmup")
+    }
+    for name, value in durations.items():
+        optional = name in ("duration", "optim.horizon") and not value
+        good = optional or (
+            len(value) == 2 and isinstance(value[0], (int, float))
+            and value[1] in ("steps", "epochs", "images", "percent")
+        )
+        yield not good, f"{name}={value!r} must be (number, 'steps' | 'epochs' | 'images' | 'percent')"
+
+
+# --- the state and one step ---------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: finished updates. student, teacher: {"backbone", "dino_head"[, "ibot_head"]}. centres: of softmax centring."""
+
+    step: Array
+    student: dict
+    teacher: dict
+    opt: Any
+    centres: dict
+
+    def items(self) -> dict:
+        """The state as the items of a checkpoint."""
+        rest = {"step": self.step} | ({"centres": self.centres} if self.centres else {})
+        return {"student": self.student, "teacher": self.teacher, "opt": self.opt, "rest": rest}
+
+    def with_items(self, items: dict) -> "TrainState":
+        """This state with the values of `items`."""
+        rest = items["rest"]
+        return self.replace(
+            student=items["student"], teacher=items["teacher"], opt=items["opt"],
+            step=rest["step"], centres=rest.get("centres", {}),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """The constants of `train_step`."""
+
+    objective: Objective
+    optimizer: optim.Optimizer
+    schedules: optim.Schedules
+    views: augment.ViewSettings
+    mean: float
+    std: float
+    seed: int
+
+
+def step_of(config, steps: int, examples: int, mesh) -> Step:
+    """The step of a config on a mesh."""
+    objective = objective_of(config, mesh.size, mesh.devices.flat[0].platform)
+    views = augment.ViewSettings(**config.views)
+    return Step(
+        objective, optimizer_of(config), schedules_of(config, steps, examples), views,
+        config.data.mean, config.data.std, config.seed,
+    )
+
+
+def init_state(constants: Step, mesh, student: dict | None = None) -> TrainState:
+    """Step 0: student = teacher, fresh or the given parameters, every array born in its place."""
+
+    def init(key, given):
+        student = constants.objective.init(key) if given is None else given
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            student=student,
+            teacher=jax.tree.map(jnp.copy, student),
+            opt=constants.optimizer.init(student),
+            centres=constants.objective.init_centres(),
+        )
+
+    return sharding.born_sharded(init, mesh, jax.random.key(constants.seed), student)
+
+
+def train_step(state: TrainState, batch: dict, constants: Step) -> tuple[TrainState, dict]:
+    """One iteration: views, loss, clipped AdamW, then the teacher's moving average.
+
+    batch: {"images" uint8 [B, H, W], "masks" uint8 [B, 2, ceil(N / 8)] packed bits}. All randomness is keyed by
+    (seed, step, slot in the batch). Returns (state, metrics): scalars, still on the device.
+    """
+    objective, images = constants.objective, batch["images"]
+    view_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(constants.seed), state.step))
+    slots = jnp.arange(len(images))
+    views = augment.views(
+        view_key, images, constants.views, slots, constants.mean, constants.std, objective.backbone.dtype
+    )
+    patches = (constants.views.global_size // objective.backbone.patch_size) ** 2
+    masks = jnp.unpackbits(batch["masks"], axis=-1, count=patches).astype(bool)
+    return update(state, views, masks, drop_key, constants)
+
+
+def update(state: TrainState, views: dict, masks: Array, key: Array, constants: Step) -> tuple[TrainState, dict]:
+    """The part of `train_step` after the views: loss, gradient, AdamW, teacher."""
+    schedule = constants.schedules.at(state.step)
+
+    def loss(student):
+        return constants.objective(
+            student, state.teacher, state.centres, views, masks, key, schedule["teacher_temp"]
+        )
+
+    (total, (metrics, centres)), grads = jax.value_and_grad(loss, has_aux=True)(state.student)
+    student, opt, norms = constants.optimizer.update(state.student, grads, state.opt, schedule)
+    teacher = optim.ema(state.teacher, student, schedule["momentum"])
+    metrics = {"loss": total} | metrics | {f"grad_norm_{module}": norm for module, norm in norms.items()}
+    return state.replace(step=state.step + 1, student=student, teacher=teacher, opt=opt, centres=centres), metrics
+
+
+def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
+    """train_step(state, batch), compiled for the mesh, its state donated."""
+    places = sharding.shardings(state, mesh)
+    return jax.jit(
+        lambda state, batch: train_step(state, batch, constants),
+        in_shardings=(places, sharding.batch_sharding(mesh)),
+        out_shardings=(places, None),
+        donate_argnums=0,
+    )
+
+
+# --- the run --------------------------------------------------------------------------------------------
+
+
+def run(config, workdir: Path, observe: Callable | None = None) -> None:
+    """Train to the end, resuming from the newest checkpoint; see DESIGN of the workdir in the README.
+
+    Raises ConfigError before anything is compiled, pipeline.DataError for a source that is not there.
+    """
+    devices = jax.devices()
+    check(config, len(devices), jax.process_count())
+    sources = pipeline.open_sources(config.data)
+    examples = sum(map(len, sources))
+    steps = run_steps(config, examples)
+    mesh = sharding.make_mesh(devices, config.mesh.fsdp)
+    constants = step_of(config, steps, examples, mesh)
+    state = init_state(constants, mesh)
+    _introduce(config, workdir, sources, steps, state, mesh)
+    saved = checkpoints.Checkpoints(workdir, config.keep, config.keep_every)
+    start = saved.latest() or 0
+    if start:
+        state = state.with_items(saved.restore(start, state.items()))
+        logs.say(f"resumed from step {start}")
+    try:
+        _train(config, workdir, constants, state, mesh, sources, start, steps, saved)
+    finally:
+        saved.close()
+
+
+def _introduce(config, workdir, sources, steps, state, mesh) -> None:
+    """Say what is about to run: data first, so that nobody takes a synthetic run for a real one."""
+    counts = ", ".join(f"{name}: {len(s)} films" for name, s in zip(config.data.sources, sources, strict=True))
+    kinds = {s.kind for s in sources}
+    logs.say(f"data: {' and '.join(sorted(kinds)).upper()} ({counts})")
+    overview = parameter_overview.get_parameter_overview(state.student, include_stats=False)
+    logs.write_whole(Path(workdir) / "parameters.txt", overview + "\n")
+    sizes = ", ".join(f"{name} {trees.count(tree):,}" for name, tree in state.student.items())
+    logs.say(f"parameters: {sizes} (each one in {Path(workdir) / 'parameters.txt'})")
+    logs.say(f"{steps} steps of {config.batch_size} films on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+
+
+def _train(config, workdir, constants, state, mesh, sources, start, steps, saved) -> None:
+    hosts, host = jax.process_count(), jax.process_index()
+    share = config.batch_size // hosts
+    model, views = config.model, config.views
+    batches = pipeline.batches(
+        config.data,
+        rows=pipeline.Rows(host * share, share, config.batch_size),
+        steps=steps, start=start, seed=config.seed, sources=sources,
+        masks=pipeline.MaskSpec(
+            config.group_size, views.global_size, model.patch_size, config.masks.probability, tuple(config.masks.ratio)
+        ),
+    )
+    chip = flops.chip(mesh.devices.flat[0])
+    per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
+    meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
+    metrics = logs.Metrics(workdir, start)
+
+    def report(step, values):
+        values = {k: float(v) for k, v in values.items()}
+        if not np.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {step}; the last checkpoint is that of step {saved.latest()}. "
+                "Lower optim.base_lr, or compute in float32 to see whether precision is the cause"
+            )
+        if step % config.log_every == 0 or step in (1, steps):
+            schedule = {k: float(v) for k, v in constants.schedules.at(step - 1).items()}
+            row = values | schedule | meter.rates()
+            metrics.write(step, row)
+            logs.say(logs.progress(step, steps, row))
+
+    def feed():
+        for batch in batches:
+            yield sharding.to_devices({k: batch[k] for k in ("images", "masks")}, mesh)
+
+    stop = loop.Terminated()
+    state, last = loop.run(
+        state, jit_step(constants, state, mesh), feed(), start=start, steps=steps, report=report,
+        save=lambda step, state: saved.save(step, state.items()),
+        checkpoint_every=config.checkpoint_every, meter=meter, stop=lambda: bool(stop),
+    )
+    metrics.close()
+    if last < steps:
+        logs.say(f"asked to end: step {last} is saved; the same command continues")
+
+
+def finished(config, workdir: Path, steps: int) -> bool:
+    """Whether the workdir holds the last checkpoint of a run of `steps` steps."""
+    return (Path(workdir) / "checkpoints" / str(steps)).is_dir()
+
+
+def config_differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The fields in which two configs, as `json.loads` gives them, differ: "field: old -> new"."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += config_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return lines
