@@ -69,10 +69,11 @@ def shrink(config: ConfigDict) -> ConfigDict:
     """The same run on synthetic radiographs, small enough for minutes on two CPU cores."""
     config.compute_dtype = "float32"
     config.batch_size, config.group_size, config.koleo_group = 32, 4, 16
-    config.model.update(width=128, depth=4, heads=4, patch_size=16, image_size=96, layerscale=1.0, drop_path=0.0)
+    config.model.update(width=128, depth=4, heads=4, patch_size=16, image_size=96)
+    config.model.update(layerscale=1.0, drop_path=0.0)
     config.head.update(prototypes=256, bottleneck=64, hidden=256)
     config.views.update(global_size=96, local_size=48, local_crops=2)
-    config.data.update(sources=("synthetic",), weights=(), image_size=112, synthetic_size=4000)
+    config.data.update(sources=("synthetic",), weights=(), image_size=112, synthetic_size=4000, threads=2, prefetch=2, cache_gib=1.0)
     return config
 
 

@@ -34,6 +34,14 @@ def get_config(arguments: str = "") -> ConfigDict:
         keep=3,  # newest checkpoints kept
         keep_every=10_000,  # and every so many steps one for good; 0: none
         eval_every=0,  # steps between online evaluations; 0: none
+        keep_best="",  # metric of metrics.jsonl whose best checkpoint is kept, e.g. "probe_auprc" [P] E.1
+        stop_after=0,  # end after so many evaluations without a better keep_best; 0: never
+    ))
+    config.eval = ConfigDict(dict(  # labelled films for the online evaluation and the probe
+        films=1600,  # at most so many
+        seeds=5,  # splits by patient
+        csv="", columns=(), where="",  # folder sources: table, label columns, e.g. "source=nih"
+        file_column="file", patient_column="patient_id",
     ))
     config.model = ConfigDict(dict(
         variant="B",  # [P] ViT-B; sizes of models/vit.py VARIANTS
@@ -94,7 +102,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         window="random",  # random or centre window of the film's short side
         mean=common.RAD_DINO_MEAN, std=common.RAD_DINO_STD,  # [H]
         synthetic_size=4000,  # films of the source "synthetic"
-        threads=8, prefetch=4,  # decoding threads and batches ahead per host
+        threads=8, prefetch=8,  # batches in the making and batches ahead, per host
         cache_gib=0.0,  # decoded films kept in host memory
     ))
     config.mesh = ConfigDict(dict(fsdp=1))  # devices over which parameters are sharded

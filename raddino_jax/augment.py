@@ -105,7 +105,7 @@ def crop_box(
     U(scale), the aspect log-uniform in `ratio`, w = round(sqrt(area * aspect)) and
     h = round(sqrt(area / aspect)); the first box that fits counts, else the largest central one. In
     mode "side" area = fraction^2 * H * W: sqrt(area), the side of a square crop, is U(scale) of the
-    image's side.
+    image's side. Large boxes fit less often: of RAD-DINO's U(259, 518) the median is 371, not 388.
     """
     height, width = shape
     fraction = scale[0] + (scale[1] - scale[0]) * u[0]
@@ -203,9 +203,7 @@ def brightness(x: Array, factor: Array | float) -> Array:
 
 def contrast(x: Array, factor: Array | float) -> Array:
     """Blend with the image's mean level, which PIL rounds to a whole number first."""
-    # Row by row: the sum of 518 x 518 levels would overrun the 24 bits of a float32.
-    mean = x.mean(-1, keepdims=True).mean(-2, keepdims=True)
-    mean = jnp.floor(mean + 0.5)
+    mean = jnp.floor(x.mean((-2, -1), keepdims=True) + 0.5)
     return jnp.trunc(jnp.clip(mean + factor * (x - mean), 0, 255))
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: the Orbax manager behind save, restore and latest.
 
 A checkpoint `checkpoints/<step>/` holds student, teacher, opt and rest (step, centres) as separate items, so that an
-evaluation reads the teacher alone. Saving is asynchronous; a step is listed once it is complete.
+evaluation reads the teacher alone. Step 0 holds the teacher only: the initialisation, which evaluations compare with.
+Saving is asynchronous; a step is listed once it is complete.
 """
 
 from pathlib import Path
@@ -9,19 +10,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 ITEMS = ("student", "teacher", "opt", "rest")
+
+
+FOREVER = 10**15
 
 
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    keep: newest ones kept. keep_every: steps between checkpoints kept for good, 0 for none.
+    keep: newest ones kept. keep_every: steps between checkpoints kept for good, 0 for none; step 0 always is.
+    best: metric (larger is better) whose best checkpoint is kept, "" for none.
     """
 
-    def __init__(self, workdir: Path, keep: int = 3, keep_every: int = 0):
+    def __init__(self, workdir: Path, keep: int = 3, keep_every: int = 0, best: str = ""):
+        rules = [LatestN(keep), EveryNSteps(keep_every or FOREVER)]
+        if best:
+            rules.append(BestN(get_metric_fn=lambda m: m[best], n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(rules), cleanup_tmp_directories=True
         )
         folder = Path(workdir).resolve() / "checkpoints"
         self.manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
@@ -30,10 +39,10 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None when there is none."""
         return self.manager.latest_step()
 
-    def save(self, step: int, items: dict) -> None:
+    def save(self, step: int, items: dict, metrics: dict | None = None) -> None:
         """Start to save {item name: tree}; returns once the arrays may be changed."""
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self.manager.save(step, args=ocp.args.Composite(**saved))
+        self.manager.save(step, args=ocp.args.Composite(**saved), metrics=metrics)
 
     def restore(self, step: int, like: dict) -> dict:
         """{item name: tree} of a step, each with the shapes, dtypes and places of `like`'s leaves."""

@@ -25,40 +25,42 @@ class Terminated:
 
 def run(
     state: Any,
-    step_fn: Callable[[Any, Any], tuple[Any, Any]],
+    step_fn: Callable[[Any, Any], tuple[Any, dict]],
     batches: Iterator,
     *,
     start: int,
     steps: int,
-    report: Callable[[int, Any], None],
+    report: Callable[[int, dict], None],
     save: Callable[[int, Any], None],
-    checkpoint_every: int,
+    should_save: Callable[[int], bool],
     meter,
+    evaluate: Callable[[int, Any], dict] = lambda step, state: {},
     stop: Callable[[], bool] = bool,
 ) -> tuple[Any, int]:
     """Run steps start + 1 .. steps and return (state, last finished step).
 
     step_fn(state, batch) -> (state, metrics) is asynchronous: the metrics of step t - 1 are reported after step t is
-    dispatched, and the next batch is fetched meanwhile. Before a save every metric up to it has been
-    reported, so a run resumed from there has lost no line. stop() true ends the run after a save.
+    dispatched, and the next batch is fetched meanwhile. evaluate(step, state) may add to a step's metrics. Before a
+    save every metric up to it has been reported, so a run resumed from there has lost no line. stop() true ends
+    the run after a save.
     """
     step, pending = start, None
     batch = _next(batches, meter) if start < steps else None
     while step < steps:
         state, metrics = step_fn(state, batch)
         step += 1
+        meter.steps += 1
         batch = _next(batches, meter) if step < steps else None
         if pending is not None:
             report(*pending)
-        pending = (step, metrics)
-        meter.steps += 1
+        pending = (step, metrics | evaluate(step, state))
         ending = step == steps or stop()
-        if ending or step % checkpoint_every == 0:
+        if ending or should_save(step):
             report(*pending)
             pending = None
             save(step, state)
-            if ending:
-                break
+        if ending:
+            break
     return state, step
 
 

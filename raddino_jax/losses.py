@@ -79,6 +79,8 @@ def sinkhorn_bias(
         scaled = jnp.where(ok[..., None] > 0, scaled - per_row, -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(scaled, axis=1)), None
 
+    if not iterations:
+        return jnp.zeros(k)
     bias = None
     for _ in range(iterations):
         start = jnp.full((shards, k), -jnp.inf)

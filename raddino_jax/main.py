@@ -11,14 +11,23 @@ from pathlib import Path
 # Virtual CPU devices deadlock with fewer threads than this; it must be set before jax is imported.
 os.environ.setdefault("PJRT_NPROC", "32")
 
-import jax  # noqa: E402
-from absl import app, flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
 
-from raddino_jax import logs, train  # noqa: E402
-from raddino_jax.data import pipeline  # noqa: E402
+from raddino_jax import logs, train
+from raddino_jax.data import labels, pipeline
+from raddino_jax.evals import figures, probe
 
-TASKS = {"pretrain": train.run}
+
+def pretrain(config, workdir: Path) -> None:
+    """Pre-training with the probe's scores as its online evaluation."""
+    train.run(config, workdir, observe=probe.observe)
+
+
+TASKS = {"pretrain": pretrain, "probe": probe.run, "figures": figures.run}
+
+ON_A_RUN = ("figures",)  # tasks that read a finished run and bring no config of their own
 
 # What may change between the starts of one run: where and how often to save and say, not what is computed.
 HARMLESS = (
@@ -26,26 +35,38 @@ HARMLESS = (
     "data.cache_gib", "data.data_dir", "model.remat", "model.attention", "loss.logits_budget", "mesh.fsdp",
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/quickstart.py.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/<config file name>.")
 
 
 def main(_) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries log every save at length
     config, workdir = _CONFIG.value, Path(_WORKDIR.value or Path("runs") / _config_name())
     if config is None:
         raise train.ConfigError("no config: give --config=configs/NAME.py, e.g. configs/quickstart.py")
-    if config.task not in TASKS:
-        raise train.ConfigError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")
-    _settle(config, workdir)
+    for task in (config.task, *config.then):
+        if task not in TASKS:
+            raise train.ConfigError(f"task {task!r} (config.task, config.then) must be one of {', '.join(TASKS)}")
+    if config.task in ON_A_RUN:
+        _need_run(workdir)
+    else:
+        _settle(config, workdir)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "raddino_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
-    TASKS[config.task](config, workdir)
+    for task in (config.task, *config.then):
+        TASKS[task](config, workdir)
 
 
 def _config_name() -> str:
     """Name of the config file without path, suffix and arguments."""
     given = flags.FLAGS["config"].config_filename if _CONFIG.value is not None else ""
     return Path(given.partition(":")[0]).stem or "run"
+
+
+def _need_run(workdir: Path) -> None:
+    if not (workdir / "config.json").exists():
+        raise train.ConfigError(f"{workdir} holds no run (no config.json); name one with --workdir")
 
 
 def _settle(config, workdir: Path) -> None:
@@ -67,8 +88,11 @@ def cli() -> None:
     """Console entry: errors a user can mend are one message and exit code 2, not a traceback."""
     try:
         app.run(main, flags_parser=_parse)
-    except (train.ConfigError, pipeline.DataError) as error:
+    except (train.ConfigError, pipeline.DataError, labels.LabelError) as error:
         sys.exit(_refuse(error))
+    except FloatingPointError as error:
+        logs.say(f"raddino_jax: {error}")
+        sys.exit(1)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from raddino_jax import losses
+from raddino_jax import diagnostics, losses
 from raddino_jax.models.heads import DINOHead, prototypes
 from raddino_jax.models.vit import ViT, draw_subsets
 
@@ -86,7 +86,7 @@ class Objective:
         taught, centres = self.teach(jax.lax.stop_gradient(teacher), centres, views, index, weight, temperature)
         crops = self.study(student, views, masks, index, key)
         terms = self.compare(student, taught, crops)
-        metrics = terms | {"masked_tokens": (weight > 0).sum()}
+        metrics = terms | {"masked_tokens": (weight > 0).sum()} | self.diagnose(student, taught, crops)
         return sum(terms.values()), (metrics, centres)
 
     def teach(self, teacher, centres, views, index, weight, temperature) -> tuple[dict, dict]:
@@ -96,7 +96,7 @@ class Objective:
         cls = self.dino_head.apply({"params": teacher["dino_head"]}, out["cls"]).reshape(images, 2, -1)
         patches = head.apply({"params": head_params}, self._gather(out["patches"], index))
         valid = (weight > 0).astype(jnp.float32)
-        taught = {"weight": weight, "temperature": temperature}
+        taught = {"weight": weight, "temperature": temperature, "features": out}
         for name, rows, ok, params in [
             ("dino", cls.reshape(len(weight), -1, cls.shape[-1]), None, teacher["dino_head"]),
             ("ibot", patches, valid, head_params),
@@ -158,6 +158,17 @@ class Objective:
         terms["ibot"] = self._cross_entropy(_items(patches), prototypes(head_params), ibot)
         terms["koleo"] = self._koleo(crops["features"])
         return terms
+
+    def diagnose(self, student, taught, crops) -> dict[str, Array]:
+        """Signs of collapse, on one global crop per film and a few patches of each; no gradient."""
+        head, out, dino = student["dino_head"], taught["features"], taught["dino"]
+        stride = max(out["patches"].shape[1] // 4, 1)
+        patches = out["patches"][::2, ::stride].reshape(-1, out["patches"].shape[-1])
+        student_rows = self.dino_head.apply({"params": head}, crops["features"][:, 0])
+        teacher = dino | {"rows": dino["rows"][:, 1]}  # what the student's first crop is to answer
+        found = diagnostics.matching(student_rows, prototypes(head), teacher)
+        found |= diagnostics.spread(out["cls"][::2], "cls") | diagnostics.spread(patches, "patch")
+        return jax.tree.map(jax.lax.stop_gradient, found)
 
     def _cross_entropy(self, z, weights, teacher):
         teacher = teacher | {k: self._shard(teacher[k]) for k in ("rows", "weight")}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from raddino_jax import augment, checkpoints, flops, logs, loop, masking, optim, sharding
+from raddino_jax import augment, checkpoints, diagnostics, flops, logs, loop, masking, optim, sharding
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
@@ -157,6 +157,8 @@ def _rules(config, devices: int, hosts: int):
     )
     yield data.window not in ("random", "centre"), f"data.window={data.window!r} must be 'random' or 'centre'"
     yield config.steps < 1, f"steps={config.steps} must be at least 1"
+    yield config.keep_best and not config.eval_every, "keep_best needs online evaluation: set eval_every"
+    yield config.stop_after and not config.keep_best, "stop_after needs a metric: set keep_best, e.g. 'probe_auprc'"
     yield min(config.log_every, config.checkpoint_every) < 1, "log_every and checkpoint_every must be at least 1"
     yield views.local_crops < 0, f"views.local_crops={views.local_crops} must be 0 or more"
     yield from _duration_rules(config)
@@ -207,7 +209,7 @@ def _duration_rules(config):
 
 @flax.struct.dataclass
 class TrainState:
-    """step: finished updates. student, teacher: {"backbone", "dino_head"[, "ibot_head"]}. centres: of softmax centring."""
+    """step: finished updates. student, teacher: {"backbone", "dino_head"[, "ibot_head"]}. centres: softmax centring's."""
 
     step: Array
     student: dict
@@ -314,92 +316,180 @@ def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
 
 # --- the run --------------------------------------------------------------------------------------------
 
+Observe = Callable[[int, np.ndarray, Any], dict[str, float]]
 
-def run(config, workdir: Path, observe: Callable | None = None) -> None:
-    """Train to the end, resuming from the newest checkpoint; see DESIGN of the workdir in the README.
 
-    Raises ConfigError before anything is compiled, pipeline.DataError for a source that is not there.
+def run(config, workdir: Path, observe: Observe | None = None) -> None:
+    """Train to the end, resuming from the newest checkpoint.
+
+    observe(step, class features of the teacher [n, D], labels) -> scores is called every `config.eval_every` steps
+    where the sources have labels. Raises ConfigError before anything is compiled, pipeline.DataError for a source that
+    is not there, FloatingPointError when the loss is no number.
     """
     devices = jax.devices()
     check(config, len(devices), jax.process_count())
     sources = pipeline.open_sources(config.data)
-    examples = sum(map(len, sources))
-    steps = run_steps(config, examples)
+    steps = run_steps(config, sum(map(len, sources)))
+    saved = checkpoints.Checkpoints(workdir, config.keep, config.keep_every, config.keep_best)
+    try:
+        start = saved.latest() or 0
+        if start >= steps:
+            _show_finished(workdir, start)
+        else:
+            _train(config, Path(workdir), sources, steps, start, saved, devices, observe)
+    finally:
+        saved.close()
+
+
+def _train(config, workdir, sources, steps, start, saved, devices, observe) -> None:
     mesh = sharding.make_mesh(devices, config.mesh.fsdp)
-    constants = step_of(config, steps, examples, mesh)
+    constants = step_of(config, steps, sum(map(len, sources)), mesh)
     state = init_state(constants, mesh)
     _introduce(config, workdir, sources, steps, state, mesh)
-    saved = checkpoints.Checkpoints(workdir, config.keep, config.keep_every)
-    start = saved.latest() or 0
     if start:
         state = state.with_items(saved.restore(start, state.items()))
         logs.say(f"resumed from step {start}")
-    try:
-        _train(config, workdir, constants, state, mesh, sources, start, steps, saved)
-    finally:
-        saved.close()
+    elif saved.latest() is None:
+        saved.save(0, {"teacher": state.teacher})
+    journal = Journal(config, workdir, constants, mesh, steps, start)
+    watch = Watch(config, constants.objective, observe, mesh, journal.rows)
+    stop = loop.Terminated()
+    _, last = loop.run(
+        state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh),
+        start=start, steps=steps, report=journal.report, evaluate=watch.evaluate, meter=journal.meter,
+        should_save=lambda step: step % config.checkpoint_every == 0 or watch.best_step == step,
+        save=lambda step, state: saved.save(step, state.items(), watch.metrics_of(step)),
+        stop=lambda: bool(stop) or watch.exhausted,
+    )
+    journal.close()
+    if watch.exhausted:
+        logs.say(f"ended at step {last}: {config.keep_best} has not improved since step {watch.best_step}")
+    elif last < steps:
+        logs.say(f"asked to end: step {last} is saved; the same command continues")
 
 
 def _introduce(config, workdir, sources, steps, state, mesh) -> None:
     """Say what is about to run: data first, so that nobody takes a synthetic run for a real one."""
     counts = ", ".join(f"{name}: {len(s)} films" for name, s in zip(config.data.sources, sources, strict=True))
-    kinds = {s.kind for s in sources}
-    logs.say(f"data: {' and '.join(sorted(kinds)).upper()} ({counts})")
+    logs.say(f"data: {' and '.join(sorted({s.kind for s in sources})).upper()} ({counts})")
     overview = parameter_overview.get_parameter_overview(state.student, include_stats=False)
-    logs.write_whole(Path(workdir) / "parameters.txt", overview + "\n")
+    logs.write_whole(workdir / "parameters.txt", overview + "\n")
     sizes = ", ".join(f"{name} {trees.count(tree):,}" for name, tree in state.student.items())
-    logs.say(f"parameters: {sizes} (each one in {Path(workdir) / 'parameters.txt'})")
+    logs.say(f"parameters: {sizes} (each one in {workdir / 'parameters.txt'})")
     logs.say(f"{steps} steps of {config.batch_size} films on {mesh.size} x {mesh.devices.flat[0].device_kind}")
 
 
-def _train(config, workdir, constants, state, mesh, sources, start, steps, saved) -> None:
+def _feed(config, sources, steps, start, mesh):
+    """Batches on the devices, from step `start` on."""
     hosts, host = jax.process_count(), jax.process_index()
     share = config.batch_size // hosts
-    model, views = config.model, config.views
-    batches = pipeline.batches(
-        config.data,
-        rows=pipeline.Rows(host * share, share, config.batch_size),
-        steps=steps, start=start, seed=config.seed, sources=sources,
-        masks=pipeline.MaskSpec(
-            config.group_size, views.global_size, model.patch_size, config.masks.probability, tuple(config.masks.ratio)
-        ),
+    spec = pipeline.MaskSpec(
+        config.group_size, config.views.global_size, config.model.patch_size, config.masks.probability,
+        tuple(config.masks.ratio),
     )
-    chip = flops.chip(mesh.devices.flat[0])
-    per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
-    meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
-    metrics = logs.Metrics(workdir, start)
+    rows = pipeline.Rows(host * share, share, config.batch_size)
+    batches = pipeline.batches(
+        config.data, rows=rows, steps=steps, start=start, seed=config.seed, sources=sources, masks=spec
+    )
+    for batch in batches:
+        yield sharding.to_devices({k: batch[k] for k in ("images", "masks")}, mesh)
 
-    def report(step, values):
+
+class Journal:
+    """Reports steps: metrics.jsonl, the progress line, the warning when the diagnostics say collapse."""
+
+    def __init__(self, config, workdir, constants, mesh, steps, start):
+        views, chip = constants.views, flops.chip(mesh.devices.flat[0])
+        per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
+        self.meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
+        self.metrics = logs.Metrics(workdir, start)
+        self.rows = logs.read_metrics(workdir)
+        self.schedules, self.steps, self.every = constants.schedules, steps, config.log_every
+        self.prototypes = constants.objective.dino_head.prototypes
+        self.close = self.metrics.close
+
+    def report(self, step: int, values: dict) -> None:
+        """Log a step that is due. Raises FloatingPointError when its loss is no number."""
         values = {k: float(v) for k, v in values.items()}
         if not np.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}; the last checkpoint is that of step {saved.latest()}. "
-                "Lower optim.base_lr, or compute in float32 to see whether precision is the cause"
+                f"the loss is {values['loss']} at step {step}; the newest checkpoint holds the last good state. Lower "
+                "optim.base_lr, or set compute_dtype=float32 to see whether precision is the cause"
             )
-        if step % config.log_every == 0 or step in (1, steps):
-            schedule = {k: float(v) for k, v in constants.schedules.at(step - 1).items()}
-            row = values | schedule | meter.rates()
-            metrics.write(step, row)
-            logs.say(logs.progress(step, steps, row))
+        if step % self.every == 0 or step in (1, self.steps) or any(k.startswith("probe_") for k in values):
+            schedule = {k: float(v) for k, v in self.schedules.at(step - 1).items()}
+            self._log(step, {"step": step} | values | schedule | self.meter.rates())
 
-    def feed():
-        for batch in batches:
-            yield sharding.to_devices({k: batch[k] for k in ("images", "masks")}, mesh)
-
-    stop = loop.Terminated()
-    state, last = loop.run(
-        state, jit_step(constants, state, mesh), feed(), start=start, steps=steps, report=report,
-        save=lambda step, state: saved.save(step, state.items()),
-        checkpoint_every=config.checkpoint_every, meter=meter, stop=lambda: bool(stop),
-    )
-    metrics.close()
-    if last < steps:
-        logs.say(f"asked to end: step {last} is saved; the same command continues")
+    def _log(self, step: int, row: dict) -> None:
+        self.rows.append(row)
+        row["collapse"] = diagnostics.verdict(self.rows, self.prototypes)
+        self.metrics.write(step, row)
+        logs.say(logs.progress(step, self.steps, row))
+        if row["collapse"] and not self.rows[-2].get("collapse"):
+            logs.say(row["collapse"])
 
 
-def finished(config, workdir: Path, steps: int) -> bool:
-    """Whether the workdir holds the last checkpoint of a run of `steps` steps."""
-    return (Path(workdir) / "checkpoints" / str(steps)).is_dir()
+class Watch:
+    """The online evaluation: scores of the teacher, the best step by `config.keep_best`, patience."""
+
+    def __init__(self, config, objective, observe, mesh, rows):
+        """rows: lines of metrics.jsonl so far, from which a resumed run knows its best."""
+        self.config, self.observe = config, observe
+        found = None
+        if observe is not None and config.eval_every:
+            found = pipeline.labelled_films(config.data, config.eval)
+            if found is None:
+                logs.say("online evaluation: none, the sources have no labels (config.eval.csv names a table)")
+        self.labelled = found
+        self.encode = jax.jit(lambda teacher, films: objective.backbone.apply(
+            {"params": teacher["backbone"]}, standardized(films, config)
+        )["cls"])
+        self.best, self.best_step, self.since, self.scores = -np.inf, None, 0, {}
+        for row in rows:
+            self._note(row["step"], row)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `config.stop_after` evaluations brought no gain."""
+        return bool(self.config.stop_after) and self.since >= self.config.stop_after
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Scores of this step where one is due, else nothing."""
+        if self.labelled is None or step % self.config.eval_every:
+            return {}
+        films, labels, _ = self.labelled
+        chunks = (np.stack(films[i : i + 64]) for i in range(0, len(films), 64))
+        features = np.concatenate([np.asarray(self.encode(state.teacher, chunk)) for chunk in chunks])
+        self.scores = self.observe(step, features, labels)
+        self._note(step, self.scores)
+        logs.say("  ".join([f"step {step}"] + [f"{name} {value:.3f}" for name, value in self.scores.items()]))
+        return self.scores
+
+    def _note(self, step: int, scores: dict) -> None:
+        value = scores.get(self.config.keep_best)
+        if value is None:
+            return
+        self.since += 1
+        if value > self.best:
+            self.best, self.best_step, self.since = value, step, 0
+
+    def metrics_of(self, step: int) -> dict | None:
+        """What a checkpoint of this step is judged by."""
+        return dict(self.scores) if self.scores and step == self.best_step else None
+
+
+def standardized(films: Array, config) -> Array:
+    """uint8 [n, H, W] -> normalised float32 [n, H, W, 1], as a view is but without augmentation."""
+    x = (films.astype(jnp.float32) / 255 - config.data.mean) / config.data.std
+    x = jax.vmap(augment.standardize)(x) if config.views.standardize else x
+    return x[..., None]
+
+
+def _show_finished(workdir: Path, step: int) -> None:
+    """What a finished run came to, on stdout."""
+    logs.say(f"{workdir} is finished at step {step}; to train anew give another --workdir")
+    rows = logs.read_metrics(workdir)
+    print(json.dumps(rows[-1] if rows else {"step": step}))
 
 
 def config_differences(old: dict, new: dict, prefix: str = "") -> list[str]:

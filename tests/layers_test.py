@@ -1,4 +1,4 @@
-"""Who may import whom. The table below is the plan of the house: a new arrow is a decision, made here first."""
+"""Who may import whom: the plan of the house. A new arrow is a decision, and is made here first."""
 
 import ast
 import configparser
@@ -18,7 +18,7 @@ EVALS = {"encoders", "models", "augment", "losses", "data", *PLUMBING}
 # A room is a module or a folder; the longest name that fits a module is its room. Every room may
 # also import itself, so modules of one folder may import each other.
 MAY_IMPORT = {
-    "train": {"objective", "augment", "encoders", "conversion", "data", *PLUMBING},
+    "train": {"objective", "diagnostics", "augment", "masking", "models", "encoders", "conversion", "data", *PLUMBING},
     "bench": {"train", "encoders", "data", *PLUMBING},
     "plan": {"train", "encoders", "data", *PLUMBING},
     "embed": {"encoders", "evals.features", "data"},
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "evals.scores": EVALS,
     "evals.report_scores": {"evals.scores", *EVALS},
     "encoders": {"conversion", "models", "data.images", "checkpoints", "params", "sharding"},
-    "objective": {"losses", "models"},
+    "objective": {"losses", "models", "diagnostics"},
+    "diagnostics": {"losses"},
     "conversion": {"params"},
     "data": {"masking"},
     "augment": set(),
@@ -75,7 +76,7 @@ def room_of(module: str) -> str:
 
 
 def sources(root: Path) -> Iterator[tuple[str, Path]]:
-    """(name as the table has it, file) of every module; a room that is not built yet is no fault."""
+    """(name as the table has it, file) of every module; a room not built yet is no fault."""
     for folder in ("raddino_jax", "configs"):
         for path in sorted((root / folder).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
@@ -114,8 +115,8 @@ def objection(module: str, target: str, inside: bool) -> str | None:
         return None
     if top in ("raddino_jax", "configs"):
         own = target.removeprefix("raddino_jax.")
-        allowed = MAY_IMPORT[room] | {room}
-        return None if within(own, allowed) else f"{room} imports {own}, may import {sorted(allowed)}"
+        allowed = within(own, MAY_IMPORT[room] | {room})
+        return None if allowed else f"{room} imports {own}: an arrow that MAY_IMPORT lacks"
     if target == "<computed name>":
         return "imports a module by a computed name; a dict of modules does the same in the open"
     if top in NEVER.get(room, ()):
@@ -151,7 +152,8 @@ def complaints(root: Path) -> list[str]:
 
 def test_no_new_arrow():
     assert list(sources(ROOT))
-    assert complaints(ROOT) == []
+    found = complaints(ROOT)
+    assert not found, "\n".join(found)
 
 
 def declared(section: str, option: str) -> set[str]:
@@ -163,23 +165,24 @@ def declared(section: str, option: str) -> set[str]:
 
 
 def test_what_is_imported_at_the_top_is_a_core_dependency():
-    """So `pip install -e .` is enough, and no room lives off what another package happens to bring."""
+    """`pip install -e .` is enough: no room lives off what another package happens to bring."""
     core = declared("options", "install_requires")
     distributions = importlib.metadata.packages_distributions()
     missing = []
     for module, path in sources(ROOT):
-        for target, line, inside in imports(ast.parse(path.read_text()), ()):
+        package = path.relative_to(ROOT).parts[:-1]
+        for target, line, inside in imports(ast.parse(path.read_text()), package):
             top = target.partition(".")[0]
-            if inside or top in ("", "raddino_jax", "configs") or top in sys.stdlib_module_names:
+            if inside or top in ("raddino_jax", "configs") or top in sys.stdlib_module_names:
                 continue
             names = {re.sub(r"[-_.]+", "-", n).lower() for n in distributions.get(top, [top])}
             if not names & core:
                 missing.append(f"{module}:{line}: {top} ({sorted(names)})")
-    assert missing == []
+    assert not missing, "\n".join(missing)
 
 
-def house(root: Path, **files: str) -> Path:
-    """A small clean tree; `files` are added, with __ for /."""
+def house(root: Path, files: dict[str, str]) -> Path:
+    """A small tree that keeps every rule, and `files` beside it."""
     clean = {
         "raddino_jax/__init__.py": '"""A docstring is allowed."""\n',
         "raddino_jax/losses.py": "import jax\nimport math\n",
@@ -192,7 +195,7 @@ def house(root: Path, **files: str) -> Path:
         "raddino_jax/data/__init__.py": "",
         "configs/common.py": "from ml_collections import ConfigDict\n",
     }
-    for name, text in {**clean, **files}.items():
+    for name, text in (clean | files).items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -201,8 +204,8 @@ def house(root: Path, **files: str) -> Path:
 
 ALLOWED = [
     ("main.py", "import jax\nfrom raddino_jax import train\nfrom raddino_jax.evals import probe"),
-    ("train.py", "from raddino_jax import augment, loop, objective\nimport raddino_jax.data.pipeline"),
-    ("encoders.py", "from raddino_jax.data import images\nfrom raddino_jax.data.images import read"),
+    ("train.py", "from raddino_jax import loop, objective\nimport raddino_jax.data.pipeline"),
+    ("encoders.py", "from raddino_jax.data import images\nimport raddino_jax.data.images"),
     ("embed.py", "from raddino_jax.evals import features"),
     ("evals/probe.py", "import sklearn\nfrom raddino_jax.evals import features, scores"),
     ("conversion/rules.py", "def read():\n    import torch"),
@@ -213,52 +216,48 @@ ALLOWED = [
 FORBIDDEN = [
     ("train.py", "from raddino_jax.evals import probe", "train imports evals.probe"),
     ("train.py", "import raddino_jax.evals.probe", "train imports evals.probe"),
-    ("train.py", "def f():\n    from raddino_jax.evals.probe import run", "train imports evals.probe.run"),
-    ("train.py", "import importlib\nimportlib.import_module('raddino_jax.evals')", "train imports evals"),
-    ("train.py", "import importlib\nimportlib.import_module(name)", "computed name"),
+    ("train.py", "def f():\n    from raddino_jax.evals import probe", "train imports evals.probe"),
+    ("train.py", "f = import_module('raddino_jax.evals')", "train imports evals"),
+    ("train.py", "import importlib\nf = importlib.import_module(name)", "computed name"),
     ("loop.py", "from raddino_jax import params, models", "loop imports models"),
     ("loop.py", "from .models import vit", "loop imports models.vit"),
     ("losses.py", "from raddino_jax.params import flatten", "losses imports params.flatten"),
     ("losses.py", "import optax", "losses imports optax"),
     ("encoders.py", "from raddino_jax.data import pipeline", "encoders imports data.pipeline"),
     ("embed.py", "from raddino_jax.evals import probe", "embed imports evals.probe"),
-    ("evals/features.py", "from raddino_jax.evals import probe", "evals.features imports evals.probe"),
+    ("evals/features.py", "from raddino_jax.evals import probe", "features imports evals.probe"),
     ("evals/probe.py", "from raddino_jax import train", "evals imports train"),
     ("evals/features.py", "from .. import train", "evals.features imports train"),
     ("data/pipeline.py", "def f():\n    import jax.numpy as jnp", "data imports jax"),
     ("masking.py", "from jax import random", "masking imports jax"),
     ("conversion/rules.py", "import torch.nn as nn", "inside a function"),
     ("conversion/rules.py", "from safetensors import torch", "inside a function"),
-    ("encoders.py", "def f():\n    from transformers import AutoModel", "encoders imports transformers"),
-    ("data/datasets/brax.py", "import pydicom", "data.datasets.brax imports pydicom"),
-    ("train.py", "from sklearn.metrics import roc_auc_score", "train imports sklearn"),
-    ("logs.py", "def f():\n    import tensorflow as tf", "logs imports tensorflow"),
+    ("encoders.py", "def f():\n    import transformers", "encoders imports transformers"),
+    ("data/datasets/brax.py", "import pydicom", "brax imports pydicom"),
+    ("train.py", "from sklearn import metrics", "train imports sklearn"),
+    ("logs.py", "def f():\n    import tensorflow", "logs imports tensorflow"),
     ("utils.py", "", "utils.py: has no row"),
-    ("evals/__init__.py", "from raddino_jax.evals.features import extract", "more than a docstring"),
+    ("evals/__init__.py", "from raddino_jax import params", "more than a docstring"),
     ("../configs/probe.py", "from raddino_jax import params", "configs imports params"),
     ("../configs/probe.py", "import numpy as np", "configs imports numpy"),
 ]
 
 
 def test_the_checker_accepts_what_the_table_allows(tmp_path):
-    root = house(tmp_path, **{f"raddino_jax/{name}": text for name, text in ALLOWED})
+    root = house(tmp_path, {f"raddino_jax/{name}": text for name, text in ALLOWED})
     assert complaints(root) == []
 
 
 @pytest.mark.parametrize("name, text, expected", FORBIDDEN)
 def test_the_checker_sees(tmp_path, name, text, expected):
-    root = house(tmp_path)
-    path = (root / "raddino_jax" / name).resolve()
-    path.parent.mkdir(exist_ok=True)
-    if path.parent.name == "datasets":
-        (path.parent / "__init__.py").touch()
-    path.write_text(text)
+    root = house(tmp_path, {"raddino_jax/data/datasets/__init__.py": ""})
+    (root / "raddino_jax" / name).write_text(text)
     found = complaints(root)
     assert len(found) == 1 and expected in found[0], found
 
 
 def test_the_checker_sees_a_folder_that_an_installed_copy_would_lack(tmp_path):
-    root = house(tmp_path, **{"raddino_jax/data/datasets/brax.py": ""})
+    root = house(tmp_path, {"raddino_jax/data/datasets/brax.py": ""})
     assert complaints(root) == [
         "raddino_jax/data/datasets: no __init__.py, an installed copy would lack it"
     ]

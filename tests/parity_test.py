@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from jax import tree_util
 from ml_collections import ConfigDict
 
 from configs import common, multicxr
@@ -24,7 +23,7 @@ from raddino_jax.augment import ViewSettings
 from raddino_jax.conversion import rules, tables
 from raddino_jax.models import vit
 from raddino_jax.models.heads import DINOHead, prototypes
-from raddino_jax.objective import Objective, masked_tokens
+from raddino_jax.objective import masked_tokens
 
 GOLDENS = Path(os.environ["RADDINO_GOLDENS"])
 

@@ -9,11 +9,17 @@ A rule names a foreign parameter (or several that make one of ours), our paramet
 the order given. Every name must be matched by exactly one rule, in either direction.
 """
 
+import collections
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be taken over; the message is for a person and names the file."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ def _same(x):
 SAME = Transform(_same, _same)
 LINEAR = Transform(np.transpose, np.transpose)  # torch [out, in] <-> flax [in, out]
 CONV = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+ONE = Transform(lambda x: x[None], lambda x: x[0])  # [T, D] <-> [1, T, D]
+ONE_ONE = Transform(lambda x: x[None, None], lambda x: x[0, 0])  # [D] <-> [1, 1, D]
+CHANNELS = Transform(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1))  # [1, D, 1, 1] <-> [D]
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,8 @@ class Rule:
 def read(rules: Sequence[Rule], foreign: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
     """Foreign arrays by name -> ours by name ("blocks_0/attn/qkv/kernel").
 
-    what: how errors name the source. Raises ValueError that lists names matched by no rule, by several rules, or
-    rules of which only some parts are there.
+    what: how errors name the source. Raises WeightsError that lists names matched by no rule or by several
+    rules, rules of which only some parts are there, and parameters of ours that two of theirs would fill.
     """
     found: dict[tuple[Rule, str], dict[int, np.ndarray]] = {}
     problems = []
@@ -65,8 +74,10 @@ def read(rules: Sequence[Rule], foreign: Mapping[str, np.ndarray], what: str) ->
     for (rule, index), parts in found.items():
         lacking = [_fill(text, index) for part, text in enumerate(rule.parts) if part not in parts]
         problems += [f"{name}: missing" for name in lacking]
+    times = collections.Counter(_fill(rule.ours, index) for rule, index in found)
+    problems += [f"{name}: given {n} times, in different spellings" for name, n in times.items() if n > 1]
     if problems:
-        raise ValueError(_complain(what, problems))
+        raise WeightsError(_complain(what, problems))
     return {_fill(rule.ours, index): _join(rule, parts) for (rule, index), parts in found.items()}
 
 
@@ -83,14 +94,19 @@ def write(rules: Sequence[Rule], ours: Mapping[str, np.ndarray], what: str) -> d
         for text, piece in zip(rule.parts, pieces, strict=True):
             foreign[_fill(text, index)] = np.ascontiguousarray(piece)
     if problems:
-        raise ValueError(_complain(what, problems))
+        raise WeightsError(_complain(what, problems))
     return foreign
 
 
 def _match(text: str, name: str) -> str | None:
     """The number that `{i}` stands for ("" where there is none), or None."""
-    hit = re.fullmatch(re.escape(text).replace(r"\{i\}", r"(?P<i>\d+)"), name)
+    hit = _pattern(text).fullmatch(name)
     return None if hit is None else hit.groupdict().get("i", "")
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern:
+    return re.compile(re.escape(text).replace(r"\{i\}", r"(?P<i>\d+)"))
 
 
 def _fill(text: str, index: str) -> str:

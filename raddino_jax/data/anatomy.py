@@ -25,6 +25,7 @@ RIB_SPACING = 2.3  # cm between neighbours; the true distance grows a little dow
 CELLS, SPAN, ORIGIN = 2048, 64.0, 24.0  # tables cover -24..40 cm, two cells per pixel at 518 px
 AXIS = (np.arange(CELLS) * (SPAN / CELLS) - ORIGIN).astype(np.float32)
 VERTEBRAE = np.arange(-9, 20)  # 1 is T1: the neck and the lumbar spine continue the count
+EVERYWHERE = np.s_[:, :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +74,25 @@ class Pose:
 def smooth(x):
     """0 below 0, 1 above 1, no kink between."""
     x = np.clip(x, 0, 1)
-    return x * x * (3 - 2 * x)
+    y = 3 - 2 * x
+    y *= x
+    y *= x
+    return y
 
 
+@functools.lru_cache(maxsize=64)
 def through(*points):
     """Outline table [C] through (x, y) points: a cubic with the slopes of the chords."""
-    px, py = np.array(points, np.float32).T
-    slope = np.gradient(py, px)
-    slope[[0, -1]] = 0
-    k = np.clip(np.searchsorted(px, AXIS) - 1, 0, len(px) - 2)
-    h = (px[1:] - px[:-1])[k]
-    s = np.clip((AXIS - px[k]) / h, 0, 1)
+    px, py = np.array(points, float).T
+    chords = np.diff(py) / np.diff(px)
+    slope = np.concatenate([[0], (chords[1:] + chords[:-1]) / 2, [0]])
+    x = AXIS[::8]
+    k = np.clip(np.searchsorted(px, x) - 1, 0, len(px) - 2)
+    h = px[k + 1] - px[k]
+    s = np.clip((x - px[k]) / h, 0, 1)
     rest = 1 - s
-    ends = py[k] * rest * rest * (1 + 2 * s) + py[k + 1] * s * s * (3 - 2 * s)
-    return ends + h * s * rest * (slope[k] * rest - slope[k + 1] * s)
+    y = py[k] * rest * rest * (1 + 2 * s) + py[k + 1] * s * s * (3 - 2 * s)
+    return np.interp(AXIS, x, y + h * s * rest * (slope[k] * rest - slope[k + 1] * s))
 
 
 def chord(x):
@@ -94,13 +100,13 @@ def chord(x):
     return np.sqrt(np.maximum(1 - x * x, 0))
 
 
-def tube(x, wall):
+def hollow(x, wall):
     """Path through a hollow bone, 1 at its brightest: the cortex shows as two lines."""
     return (chord(x) - 0.75 * (1 - wall) * chord(x / (1 - wall))) / chord(1 - wall)
 
 
 @functools.lru_cache(maxsize=64)
-def upsampling(size, cells):
+def _upsampling(size, cells):
     """Cubic B-spline weights [S, cells + 3] from a grid of numbers to a smooth field."""
     x = (np.arange(size) + 0.5) / size * cells
     distance = np.abs(x[:, None] + 1 - np.arange(cells + 3))
@@ -109,32 +115,40 @@ def upsampling(size, cells):
     return np.where(distance < 1, near, far).astype(np.float32)
 
 
+def upsample(grid, size):
+    """A grid of numbers [cells + 3, cells + 3] as a smooth field [S, S]."""
+    rows = _upsampling(size, len(grid) - 3)
+    # In slices: for one large product BLAS would start threads of its own, which only get in Grain's way.
+    tall = np.concatenate([rows, rows[: -size % 4]]).reshape(-1, 4, len(grid))
+    return np.matmul(np.matmul(tall, grid), rows.T).reshape(-1, size)[:size]
+
+
 def noise(rng, size, cells):
     """Smooth noise [S, S] of unit variance, one bump per cell, the same at every size."""
-    grid = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
-    rows = upsampling(size, cells)
-    return rows @ (2.1 * grid) @ rows.T
+    return upsample(2.1 * rng.standard_normal((cells + 3, cells + 3), np.float32), size)
 
 
 def splat(size, x, y, sigma, amount):
     """Sum [S, S] of Gaussian dots (pixels) of integral `amount`: thin things fade, none aliases."""
-    out = np.zeros(size * size)
-    reach = np.ceil(2.2 * sigma - 0.2).astype(int)
+    reach = np.maximum(np.rint(np.where(sigma < 2.5, 1.8, 2.8) * sigma), 1).astype(int)
     reach = np.where(reach > 4, (reach + 3) // 4 * 4, reach)
-    for k in np.unique(reach):
-        pick = (reach == k) & (x > -k) & (x < size + k) & (y > -k) & (y < size + k)
+    pad = reach.max(initial=1)
+    width = size + 2 * pad
+    out = np.zeros(width * width, np.float32)
+    seen = (x > -pad) & (x < size + pad - 1) & (y > -pad) & (y < size + pad - 1)
+    x, y, spread, amount = (np.float32(a) for a in (x + pad, y + pad, -0.5 / sigma**2, amount))
+    col, row = np.floor(x), np.floor(y)
+    centre = (row * width + col).astype(np.intp)
+    dx, dy = col + np.float32(0.5) - x, row + np.float32(0.5) - y
+    for k in np.unique(reach):  # dots of one size together; a dot near the rim is cut to the reach it has
+        pick = np.flatnonzero(seen & (reach == k) & (np.minimum(col, row) >= k) & (np.maximum(col, row) < width - k))
         offset = np.arange(-k, k + 1)
-        spread = -0.5 / sigma[pick, None] ** 2
-        col = np.floor(x[pick]).astype(int)[:, None] + offset
-        row = np.floor(y[pick]).astype(int)[:, None] + offset
-        gx = np.exp(spread * (col + 0.5 - x[pick, None]) ** 2)
-        gy = np.exp(spread * (row + 0.5 - y[pick, None]) ** 2)
+        gx = np.exp(spread[pick, None] * (dx[pick, None] + np.float32(offset)) ** 2)
+        gy = np.exp(spread[pick, None] * (dy[pick, None] + np.float32(offset)) ** 2)
         gy *= (amount[pick] / (gx.sum(1) * gy.sum(1)))[:, None]
-        gx *= (col >= 0) & (col < size)
-        gy *= (row >= 0) & (row < size)
-        cell = np.clip(row, 0, size - 1)[:, :, None] * size + np.clip(col, 0, size - 1)[:, None]
-        out += np.bincount(cell.ravel(), (gy[:, :, None] * gx[:, None]).ravel(), size * size)
-    return out.reshape(size, size).astype(np.float32)
+        cell = centre[pick, None] + (offset[:, None] * width + offset).ravel()
+        np.add.at(out, cell.ravel(), np.einsum("ni,nj->nij", gy, gx).ravel())
+    return out.reshape(width, width)[pad : pad + size, pad : pad + size]
 
 
 def line(points, spacing):
@@ -148,14 +162,15 @@ def line(points, spacing):
     return np.interp(s, length, points[:, 0]), np.interp(s, length, points[:, 1])
 
 
-@functools.lru_cache(maxsize=64)
-def vessel_tree(seed, first, last, trunks=9):
-    """Pulmonary vessels from a hilum at the origin: x, y, radius and step of their dots (reach about 1)."""
+@functools.lru_cache(maxsize=32)
+def vessel_tree(seed, first, last, trunks):
+    """Pulmonary vessels from two hila at the origin: side, x, y, radius and step of their dots (reach about 1)."""
     rng = np.random.default_rng(seed)
-    heading = np.linspace(first, last, trunks) + rng.normal(0, 0.2, trunks)
-    x, y = rng.normal(0, 0.03, trunks), np.linspace(-0.14, 0.2, trunks)
-    radius = np.linspace(0.02, 0.034, trunks) * rng.uniform(0.7, 1.1, trunks)
-    length = rng.uniform(0.2, 0.4, trunks)
+    side = np.repeat([0, 1], trunks)
+    heading = np.tile(np.linspace(first, last, trunks), 2) + rng.normal(0, 0.2, side.size)
+    x, y = rng.normal(0, 0.03, side.size), np.tile(np.linspace(-0.14, 0.2, trunks), 2)
+    radius = np.tile(np.linspace(0.02, 0.034, trunks), 2) * rng.uniform(0.7, 1.1, side.size)
+    length = rng.uniform(0.2, 0.4, side.size)
     parts = []
     for count in (14, 11, 8, 6, 5):
         s = np.arange(1, count + 1) / count
@@ -163,15 +178,15 @@ def vessel_tree(seed, first, last, trunks=9):
         step = length[:, None] / count
         px = x[:, None] + np.cumsum(step * np.cos(bend), 1)
         py = y[:, None] + np.cumsum(step * np.sin(bend), 1)
-        parts.append([px, py, radius[:, None] * (1 - 0.3 * s), step + 0 * px])
+        parts.append(np.broadcast_arrays(side[:, None], px, py, radius[:, None] * (1 - 0.3 * s), step))
         # One child leaves at the tip, one on the way: a tree, not a fan.
         every, way = np.arange(heading.size), rng.integers(count // 3, count, heading.size)
         x, y = np.append(px[:, -1], px[every, way]), np.append(py[:, -1], py[every, way])
         turn = rng.uniform(0.2, 0.75, heading.size) * rng.choice([-1, 1], heading.size)
         heading = np.append(bend[:, -1], bend[every, way]) + np.append(0.35 * turn, -turn)
         length = np.tile(length, 2) * rng.uniform(0.6, 0.95, heading.size)
-        radius = np.append(radius * 0.72, radius * 0.55)
-    return tuple(np.concatenate([part[k].ravel() for part in parts]) for k in range(4))
+        radius, side = np.append(radius * 0.72, radius * 0.55), np.tile(side, 2)
+    return tuple(np.concatenate([part[k].ravel() for part in parts]) for k in range(5))
 
 
 class Projection:
@@ -195,7 +210,7 @@ class Projection:
 
     def index(self, x):
         """Table cell of a coordinate."""
-        return ((x + ORIGIN) * np.float32(CELLS / SPAN)).astype(np.intp)
+        return ((x + np.float32(ORIGIN)) * np.float32(CELLS / SPAN)).astype(np.intp)
 
     def at(self, table, index):
         """A table's values at the pixels."""
@@ -212,6 +227,13 @@ class Projection:
         x, y = cos * u - sin * v + pose.shift[0], sin * u + cos * v + pose.shift[1]
         return x / self.px + self.size / 2, y / self.px + self.size / 2
 
+    def window(self, u0, u1, v0, v1):
+        """The part of the picture that can show a rectangle of the body: the rest need not be computed."""
+        bow = abs(self.body.scoliosis)
+        x, y = self.pixels(np.array([u0 - bow, u0 - bow, u1 + bow, u1 + bow]), np.array([v0, v1, v0, v1]))
+        low, high = np.clip([x.min(), y.min()], 0, self.size), np.clip([x.max() + 1, y.max() + 1], 0, self.size)
+        return np.s_[int(low[1]) : int(high[1]), int(low[0]) : int(high[0])]
+
     def dots(self, u, v, sigma, amount):
         """Queue Gaussian dots: sigma in cm, amount = attenuation integrated over the dot."""
         self.strokes.append([np.ravel(a) for a in np.broadcast_arrays(u, v, sigma, amount)])
@@ -225,20 +247,36 @@ class Projection:
     def painted(self):
         """The queued dots [S, S]."""
         if not self.strokes:
-            return np.float32(0)
+            return np.zeros((self.size, self.size), np.float32)
         u, v, sigma, amount = (np.concatenate(a) for a in zip(*self.strokes))
         self.strokes = []
         x, y = self.pixels(u, v)
         return splat(self.size, x, y, np.maximum(sigma / self.px, 0.45), amount / self.px**2)
 
-    def square(self, u, v, radius_u, radius_v):
-        """Squared distance from (u, v) in radii."""
-        x, y = (self.u - np.float32(u)) * np.float32(1 / radius_u), (self.v - np.float32(v)) * np.float32(1 / radius_v)
-        return x * x + y * y
+    def round(self, u, v, radius_u, radius_v):
+        """1 at (u, v), 0 on an ellipse around it, negative outside; with the window it lies in."""
+        w = self.window(u - radius_u, u + radius_u, v - radius_v, v + radius_v)
+        x, y = self.u[w] - np.float32(u), self.v[w] - np.float32(v)
+        x *= np.float32(1 / radius_u)
+        y *= np.float32(1 / radius_v)
+        return w, 1 - x * x - y * y
 
-    def ball(self, u, v, radius_u, radius_v):
-        """Path through an ellipsoid, 1 at its centre."""
-        return np.sqrt(np.maximum(1 - self.square(u, v, radius_u, radius_v), 0))
+    def ball(self, film, amount, *ellipse):
+        """Add an ellipsoid: `amount` through its middle."""
+        w, inside = self.round(*ellipse)
+        film[w] += np.float32(amount) * np.sqrt(np.maximum(inside, 0))
+
+    def disc_mask(self, *ellipse):
+        """Pixels inside an ellipse."""
+        mask = np.zeros((self.size, self.size), bool)
+        w, inside = self.round(*ellipse)
+        mask[w] = inside > 0
+        return mask
+
+    def grain(self):
+        """The mottle of small vessels and airways seen end on, around 1."""
+        rng = np.random.default_rng(self.pose.seed)
+        return 1 + 0.05 * noise(rng, self.size, 64)
 
     def opacity(self):
         """Airspace or reticular shadow: (water in cm, mask), before it is confined to the lung."""
@@ -246,37 +284,46 @@ class Projection:
         u, v = self.locate(site)
         rng = np.random.default_rng(site["seed"])
         coarse, fine = noise(rng, self.size, 18), noise(rng, self.size, 44)
-        bump = np.exp(-self.square(u, v, site["radius"] * site["aspect"], site["radius"]))
-        shape = smooth((bump * (1 + 0.5 * np.clip(coarse, -1, 2)) - 0.2) / 0.45)
+        x, y = (self.u - u) / (site["radius"] * site["aspect"]), (self.v - v) / site["radius"]
+        shape = smooth((np.exp(-x * x - y * y) * (1 + 0.5 * np.clip(coarse, -1, 2)) - 0.2) / 0.45)
         if site["kind"] == "airspace":
             return site["density"] * shape * (1 + 0.2 * fine), shape > 0.3
         other = noise(rng, self.size, 44)
         net = np.clip(1 - 2.5 * np.minimum(np.abs(fine), np.abs(other)), 0, 1)
         return site["density"] * shape * (0.75 * net - 0.15), shape > 0.3
 
-    def lesions(self, lung):
-        """Attenuation of nodules and opacities."""
-        out = np.float32(0)
+    def lesions(self, film, lung):
+        """Add nodules and opacities."""
         for site in self.findings.get("nodule", {"sites": ()})["sites"]:
             r = site["radius"]
-            out = out + SOFT * 2 * r * site["density"] * self.ball(*self.locate(site), r, r * site["aspect"])
+            self.ball(film, SOFT * 2 * r * site["density"], *self.locate(site), r, r * site["aspect"])
         if "opacity" in self.findings:
-            out = out + SOFT * self.opacity()[0] * lung * self.beside(self.findings["opacity"]["side"])
-        return out
+            film += np.float32(SOFT) * self.opacity()[0] * lung * self.beside(self.findings["opacity"]["side"])
 
-    def grain(self):
-        """The mottle of small vessels and airways seen end on, around 1."""
-        rng = np.random.default_rng(self.pose.seed)
-        return 1 + 0.05 * noise(rng, self.size, 64) + 0.025 * noise(rng, self.size, 24)
+    def break_ribs(self, nearest, distance, strength, beyond):
+        """Displace the broken ribs beyond the break, and open a gap (in place); beyond(u) is the way from there."""
+        site = self.findings["fracture"]
+        gap = max(0.25, 0.5 * self.px)
+        for rib in site["ribs"]:
+            broken = nearest == rib
+            s = beyond(self.break_point(rib)[0])[broken]
+            distance[broken] += np.where(s > 0, site["step"] / self.body.rib_half_width, 0)
+            strength[broken] *= 1 - 0.95 * np.exp(-((s / gap) ** 2))
 
     def nodule_mask(self):
         """Pixels of all nodules."""
         sites = self.findings["nodule"]["sites"]
-        return sum(self.ball(*self.locate(s), s["radius"], s["radius"] * s["aspect"]) for s in sites) > 0
+        masks = [self.disc_mask(*self.locate(s), s["radius"], s["radius"] * s["aspect"]) for s in sites]
+        return np.any(masks, 0)
 
     def fracture_mask(self):
-        """A disc around the broken place."""
-        return self.square(*self.break_point(), 1.6, 1.6) < 1
+        """Discs around the broken places."""
+        ribs = self.findings["fracture"]["ribs"]
+        return np.any([self.disc_mask(*self.break_point(rib), 1.6, 1.6) for rib in ribs], 0)
+
+    def opacity_mask(self):
+        """Where the shadow lies over its lung."""
+        return self.opacity()[1] & self.masks()["lungs"][self.findings["opacity"]["side"]]
 
 
 class Frontal(Projection):
@@ -295,7 +342,7 @@ class Frontal(Projection):
         self.edges = self._mediastinum()
         self.domes = [self._dome(side) for side in (0, 1)]
         self.fluid = [self._fluid_level(side) for side in (0, 1)]
-        self.wall_px = self.at(self.wall, self.iv) + 1e-3
+        self.wall_px = self.at(self.wall, self.iv) + np.float32(1e-3)
         self.edge_px = self.sided(self.edges, self.ivs)
         self.dome_px = self.sided(self.domes, self.ia)
 
@@ -313,16 +360,16 @@ class Frontal(Projection):
         ratio = self.findings.get("cardiomegaly", {"ratio": body.cardiothoracic})["ratio"]
         # The heart is further from the film in AP, and flatter on a raised diaphragm.
         width = 2 * body.half_width * ratio * (1.08 if pose.view == "AP" else 1) * (1 - 0.02 * pose.inspiration)
-        floor, shift = self.base - body.dome + 1, 0.5 * pose.yaw
+        f, shift = self.base - body.dome + 1, 0.5 * pose.yaw
         r, l, k = 0.33 * width, 0.67 * width, body.knob
         right = through(
-            (-6, 5), (-1, 4.2), (1, 3.0), (4, 2.6), (floor - 11, 2.7), (floor - 7.5, 0.72 * r + 0.6),
-            (floor - 3.5, r), (floor, 0.9 * r), (floor + 3, 0.5 * r), (floor + 6, 2),
+            (-6, 5), (-1, 4.2), (1, 3.0), (0.18 * f, 2.6), (0.52 * f, 2.7), (0.67 * f, 0.72 * r + 0.6),
+            (0.85 * f, r), (f, 0.9 * r), (f + 3, 0.5 * r), (f + 6, 2),
         )  # fmt: skip
         left = through(
-            (-6, 5), (-1, 4.2), (1, 2.8), (4, 2.3), (5.6, 2.2 + 0.5 * k), (7.3, 2.5 + k), (8.8, 2.5 + 0.5 * k),
-            (10, 2.9), (floor - 9.5, 3.6), (floor - 5.5, 0.72 * l), (floor - 1.5, l), (floor + 1.2, 0.93 * l),
-            (floor + 3.2, 0.6 * l), (floor + 5, 2),
+            (-6, 5), (-1, 4.2), (1, 2.8), (0.18 * f, 2.3), (0.25 * f, 2.2 + 0.5 * k), (0.32 * f, 2.5 + k),
+            (0.385 * f, 2.5 + 0.5 * k), (0.45 * f, 2.9), (0.58 * f, 3.6), (0.76 * f, 0.72 * l), (0.935 * f, l),
+            (f + 1.2, 0.93 * l), (f + 3.2, 0.6 * l), (f + 5, 2),
         )  # fmt: skip
         return right - shift, left + shift
 
@@ -360,25 +407,29 @@ class Frontal(Projection):
 
     def render(self):
         """Attenuation [S, S]."""
-        air = self.lungs() * self.grain()
-        lung = np.minimum(air / 6, 1)
+        air = self.lungs()
+        air *= self.grain()
+        lung = np.minimum(air * np.float32(1 / 6), 1)
+        film = self.flesh()
+        film -= np.float32(1 - LUNG) * air
+        film *= np.float32(SOFT)
         self.vessels()
-        inside = self.painted() * lung
-        a = SOFT * (self.flesh() - self.airways())
+        inside = self.painted()
+        inside *= lung
         if "pneumothorax" in self.findings:
             free = self.free_air()
             inside *= 1 - free
-            a -= SOFT * LUNG * 1.3 * air * free
-        air *= SOFT * (1 - LUNG)
-        a -= air
-        a += inside
-        a += self.lesions(lung)
-        a += self.ribs()
-        a += self.girdle()
-        a += self.spine()
+            film -= np.float32(SOFT * LUNG * 1.3) * air * free
+        film += inside
+        self.lesions(film, lung)
+        self.airways(film)
+        self.ribs(film)
+        self.girdle(film)
+        self.arms(film)
+        self.spine(film)
         self.wires()
-        a += self.painted()
-        return a
+        film += self.painted()
+        return film
 
     def lungs(self):
         """Path through aerated lung."""
@@ -386,18 +437,18 @@ class Frontal(Projection):
         depth = 0.66 * body.depth * (1 - (1 - np.clip(AXIS / 15, 0, 1)) ** 2.4) ** 0.5
         t = np.minimum(self.a / self.wall_px, 1)
         out = self.at(depth, self.iv) * np.sqrt(1 - t * t * np.sqrt(t))
-        floor = np.minimum(self.dome_px, self.sided(self.fluid, self.ia)) - self.v
+        floor = np.minimum(self.dome_px, self.sided(self.fluid, self.ia))
+        floor -= self.v
         # Behind the dome the lung reaches deeper; fluid fills that recess first.
-        recess = 0.16 * np.exp(np.minimum(floor, 0) / 2.2)
-        out *= np.maximum(smooth(floor / max(0.4, self.px) + 0.5), recess)
-        deep = np.clip((self.edge_px - self.a) / 2.4, 0, 1)
-        out *= 1 - 0.93 * deep * (2 - deep)
+        shown = np.maximum(smooth(AXIS / max(0.4, self.px) + 0.5), 0.16 * np.exp(np.minimum(AXIS, 0) / 2.2))
+        out *= self.at(shown, self.index(floor))
+        deep = np.clip((self.edge_px - self.a) * np.float32(1 / 2.4), 0, 1)
+        out *= 1 - np.float32(0.93) * deep * (2 - deep)
         site = self.findings.get("effusion")
         if site and self.pose.supine:
             layer = 0.4 * site["height"] * smooth((AXIS + 2) / (0.8 * self.base))
-            zero = np.zeros(CELLS, np.float32)
-            pair = [layer if side in site["sides"] else zero for side in (0, 1)]
-            out = np.maximum(out - self.sided(pair, self.ivs), 0.2 * out)
+            pair = [layer * (side in site["sides"]) for side in (0, 1)]
+            out = np.maximum(out - self.sided(pair, self.ivs), np.float32(0.2) * out)
         return out
 
     def free_air(self):
@@ -413,7 +464,7 @@ class Frontal(Projection):
 
     def flesh(self):
         """Path through soft tissue, as if there were no air in the body."""
-        body, pose = self.body, self.pose
+        body, pose, w = self.body, self.pose, self.body.half_width
         total = body.depth + 2 * body.fat
         skin = self.wall + 2 + body.fat
         s = 19 + 0.5 * body.fat
@@ -422,108 +473,111 @@ class Frontal(Projection):
         outline = np.maximum(shoulders, skin * smooth((AXIS - 4) / 6))
         depth = through((-20, 12), (-4, 11), (1, 0.55 * total), (9, 0.95 * total), (14, total), (24, total),
                         (30, 1.04 * total), (40, total))  # fmt: skip
-        x = np.minimum(self.a / self.at(outline, self.iv), 1)
+        x = np.minimum(self.a * self.at(1 / outline, self.iv), 1)
         out = self.at(depth, self.iv) * np.sqrt(1 - x * x)
         thick = 4.2 + 0.5 * body.fat
-        across, along = self.arm_axis()
-        arm = self.at(2.2 * thick * chord(AXIS / thick), self.index(across)) * smooth((along + 3) / 4)
+        across, along = self.arm_axis(EVERYWHERE)
+        arm = self.at(2.2 * thick * chord(AXIS / thick), self.index(across))
+        arm *= self.at(smooth((AXIS + 3) / 4), self.index(along))
         out = np.maximum(out, arm)
         if body.breast:
-            w = body.half_width
             r, u, v = 0.40 * w, 0.62 * w, 0.62 * self.base
-            x, y = (self.a - np.float32(u)) / np.float32(r), (self.v - np.float32(v)) / np.float32(1.15 * r)
-            out += body.breast * np.sqrt(np.maximum(1 - x * x - y * y, 0)) * smooth(y + 0.6)
+            rows = self.window(-3 * w, 3 * w, v - 1.2 * r, v + 1.2 * r)
+            x, y = (self.a[rows] - np.float32(u)) / np.float32(r), (self.v[rows] - np.float32(v)) / np.float32(1.15 * r)
+            out[rows] += np.float32(body.breast) * np.sqrt(np.maximum(1 - x * x - y * y, 0)) * smooth(y + 0.6)
         if pose.stomach:
             g = pose.stomach
-            top = self.value(self.domes[1], 5.5)
-            out -= 3.5 * self.ball(5.5, top + 1.2 + 0.8 * g, 1.3 * g, 0.8 * g)
+            self.ball(out, -3.5, 5.5, self.value(self.domes[1], 5.5) + 1.2 + 0.8 * g, 1.3 * g, 0.8 * g)
         return out
 
-    def arm_axis(self):
+    def arm_axis(self, w):
         """Distance across and along the upper arm."""
-        s = self.a - np.float32(1.3 * self.body.half_width + 0.3)
         angle = 0.04 + 0.3 * self.pose.arms
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        return s * cos - (self.v - 4.5) * sin, s * sin + (self.v - 4.5) * cos
+        s, v = self.a[w] - np.float32(1.3 * self.body.half_width + 0.3), self.v[w] - np.float32(4.5)
+        return s * cos - v * sin, s * sin + v * cos
 
-    def airways(self):
-        """Path through trachea and main bronchi."""
+    def airways(self, film):
+        """Remove the air of trachea and main bronchi."""
         pose = self.pose
         carina = 7.2 + 0.3 * pose.inspiration
+        w = self.window(-6, 6, -12, carina + 4)
         below = np.clip(AXIS - carina, 0, None)
         trachea = 0.45 * pose.yaw - 0.25 * smooth((AXIS - 3) / 4)
-        x = self.u - self.at(trachea, self.iv)
-        bronchi = self.sided([0.75 * below, 1.15 * below], self.ivs)
-        x = np.where(self.v > carina, np.abs(x) - bronchi, x)
+        x = self.u[w] - self.at(trachea, self.iv[w])
+        bronchi = self.sided([0.75 * below, 1.15 * below], self.ivs[w])
+        x = np.where(self.v[w] > carina, np.abs(x) - bronchi, x)
         width = np.where(AXIS < carina, 0.9, 0.75)
         strength = (1.3 + 0.6 * smooth(AXIS / 4)) * smooth((AXIS + 9) / 3) * smooth((carina + 3.2 - AXIS) / 2.5)
-        return self.at(strength, self.iv) * chord(x / self.at(width, self.iv))
+        film[w] -= self.at(SOFT * strength, self.iv[w]) * chord(x / self.at(width, self.iv[w]))
 
     def vessels(self):
-        """Arteries and veins, and the hila they leave from."""
+        """Queue arteries and veins, and the hila they leave from."""
         body = self.body
-        for side, sign in enumerate((-1, 1)):
-            x, y, r, step = vessel_tree((*body.seed, side), -2.0, 1.85)
-            across, down = 0.95 * body.half_width, 0.5 * body.height
-            u = sign * (2.8 + across * x) + 0.3 * self.pose.yaw
-            v = 11.2 - 0.9 * side + down * y
-            r, step = r * across, step * across
-            self.dots(u, v, np.maximum(0.6 * r, 0.6 * step), body.vascularity * 1.25 * r**1.55 * step)
-            self.dots(sign * 3.4, [10.6 - 0.9 * side, 12.6 - 0.9 * side], [1.1, 1.3], [0.8, 1.2])
+        side, x, y, r, step = vessel_tree(body.seed, -2.0, 1.85, 9)
+        across, down = 0.95 * body.half_width, 0.5 * body.height
+        u = (2 * side - 1) * (2.8 + across * x) + 0.3 * self.pose.yaw
+        r, step = r * across, step * across
+        self.dots(u, 11.2 - 0.9 * side + down * y, 0.6 * np.maximum(r, step), 1.25 * body.vascularity * r**1.55 * step)
+        self.dots([-3.4, 3.4], [10.6, 9.7], 1.1, 0.8)
+        self.dots([-3.4, 3.4], [12.6, 11.7], 1.3, 1.2)
 
-    def rib_arcs(self):
-        """Per arc (posterior, anterior): which rib [S, S], signed distance in half widths, strength."""
+    def rib_arcs(self, w=EVERYWHERE):
+        """Per arc (posterior, anterior): which rib, signed distance in half widths, strength.
+
+        A rib is a hoop seen aslant: it falls by drop * fall(t) on its way out to the wall (t = 1) and back in.
+        """
         body = self.body
-        wall = self.at(self.wall + 0.5, self.iv)
-        t = np.minimum(self.a / wall, 0.995)
-        root = np.sqrt(1 - t * t)
-        drop = self.at(self.drop, self.iv)
-        thin = RIB_SPACING / np.sqrt(1 + (0.42 * drop * t / (root * wall)) ** 2)
-        bone = body.bone * smooth((wall + 0.5 - self.a) / 0.3) * self.at(smooth((self.base + 5 - AXIS) / 7), self.iv)
-        for anterior, fall in enumerate((0.42 - 0.42 * root, 0.42 + 0.55 * root)):
-            rib = self.at(self.vertebra_of, self.index(self.v - drop * fall))
+        k = (self.a[w] * self.at(1000 / np.maximum(self.wall + 0.5, 1), self.iv[w])).astype(np.intp)
+        t = np.arange(1200, dtype=np.float32) / 1000
+        root = np.sqrt(np.maximum(1 - t * t, 0.003))
+        # Near the wall a rib runs steeply, so that it is thinner across than it is high.
+        steep = np.minimum(0.29 * t / root, 2)
+        thin = self.at(RIB_SPACING / body.rib_half_width / np.sqrt(1 + steep * steep), k)
+        v, drop = self.v[w], self.at(self.drop, self.iv[w])
+        fade = self.at(body.bone * smooth((self.base + 5 - AXIS) / 7) * smooth((AXIS - 0.3) / 1.5), self.iv[w])
+        ends = smooth((1.03 - t) / 0.03)
+        for anterior, (last, fall, strength) in enumerate((
+            (12.5, 0.42 - 0.42 * root, 0.27 * smooth((t - 0.07) / 0.14)),
+            (10.5, 0.42 + 0.55 * root, 0.20 * smooth((t - 0.42) / 0.15)),
+        )):  # fmt: skip
+            rib = self.at(self.vertebra_of, self.index(v - drop * self.at(fall, k)))
             nearest = np.rint(rib)
             rib -= nearest
-            rib *= thin * ((0.9 if anterior else 1) / body.rib_half_width)
-            strength = bone * (0.2 * smooth((t - 0.42) / 0.15) if anterior else 0.27 * smooth((self.a - 1) / 2))
-            strength *= (nearest > 0.5) & (nearest < (10.5 if anterior else 12.5))
+            rib *= thin
+            if anterior:
+                rib *= np.float32(0.9)
+            strength = self.at(strength * ends, k) * fade
+            strength *= nearest < last
             if "fracture" in self.findings and not anterior:
-                self._break(nearest, rib, strength)
+                own = np.where(self.side[w] == self.findings["fracture"]["side"], nearest, 0)
+                self.break_ribs(own, rib, strength, lambda u: self.a[w] - abs(u))
             yield nearest, rib, strength
 
-    def break_point(self):
-        """Where the broken rib is broken: a few steps of v = spine + drop(v) * fall."""
+    def break_point(self, rib):
+        """Where a broken rib is broken: a few steps of v = spine + drop(v) * fall."""
         site = self.findings["fracture"]
         fall = 0.42 - 0.42 * np.sqrt(1 - site["across"] ** 2)
-        v = start = float(np.interp(site["rib"], VERTEBRAE, self.vertebra_v))
+        v = start = float(np.interp(rib, VERTEBRAE, self.vertebra_v))
         for _ in range(6):
             v = start + fall * self.value(self.drop, v)
         return (-1, 1)[site["side"]] * site["across"] * (self.value(self.wall, v) + 0.5), v
 
-    def _break(self, nearest, distance, strength):
-        """Displace the far part of the broken rib and open a gap (in place)."""
-        site = self.findings["fracture"]
-        u, _ = self.break_point()
-        far = (nearest == site["rib"]) & (self.side == site["side"])
-        gap = np.abs(self.a[far] - abs(u))
-        distance[far] += np.where(self.a[far] > abs(u), site["step"] / self.body.rib_half_width, 0)
-        strength[far] *= 1 - 0.9 * np.exp(-((gap / max(0.22, 0.5 * self.px)) ** 2))
-
-    def ribs(self):
-        """Attenuation of both arcs of all ribs: tubes with a bright cortex."""
-        out = 0
+    def ribs(self, film):
+        """Add both arcs of all ribs: tubes with a bright cortex."""
+        w = self.window(-20, 20, 0, self.base + 5)
         soft = max(0.22, 0.8 * self.px / self.body.rib_half_width)
-        for _, distance, strength in self.rib_arcs():
-            d = np.abs(distance)
-            strength *= 0.62 + 0.55 * np.minimum(d * d * d, 1)
-            strength *= smooth((1 - d) / soft + 0.5)
-            out = out + strength
-        return out
+        d = np.arange(256, dtype=np.float32) / 128
+        profile = smooth((1 - d) / soft + 0.5) * (0.62 + 0.55 * np.minimum(d, 1) ** 3)
+        for _, distance, strength in self.rib_arcs(w):
+            distance = np.abs(distance)
+            distance *= 128
+            strength *= self.at(profile, distance.astype(np.intp))
+            film[w] += strength
 
-    def girdle(self):
-        """Clavicles, scapulae, upper arms."""
-        body, pose = self.body, self.pose
-        w = body.half_width
+    def girdle(self, film):
+        """Add clavicles and shoulder blades."""
+        body, pose, w = self.body, self.pose, self.body.half_width
         lift = (1.2 if pose.view == "AP" else 0) - 0.3 * pose.inspiration
         curves, widths = [], []
         for sign in (-1, 1):
@@ -531,52 +585,61 @@ class Frontal(Projection):
             curves.append(through((-20, 5), (end, 5.2 - lift), (end + 3, 4.3 - lift), (0.5 * w, 2.9 - lift),
                                   (0.8 * w, 2.2 - lift), (1.2 * w, 0.9 - lift), (40, 0)))  # fmt: skip
             shaft = through((-20, 1), (end, 1.1), (end + 2.5, 0.75), (0.6 * w, 0.6), (1.1 * w, 0.7), (40, 0.7))
-            widths.append(shaft * smooth((AXIS - end) / 0.5 + 0.5) * smooth((1.25 * w - AXIS) / 1.5) + 1e-3)
+            ends = np.clip((AXIS - end) / 1.2, 0, 1) * np.clip((1.25 * w - AXIS) / 1.5, 0, 1)
+            widths.append(shaft * np.sqrt(ends) + 1e-3)
         slope = np.gradient(np.stack(curves), SPAN / CELLS, axis=1)
-        d = np.abs(self.v - self.sided(curves, self.ia)) / self.sided(widths * np.sqrt(1 + slope * slope), self.ia)
-        out = 0.34 * body.bone * smooth((1 - d) / max(0.25, 1.2 * self.px) + 0.5) * (0.8 + 0.2 * np.minimum(d, 1))
-        out += self.scapula()
-        across, along = self.arm_axis()
-        out += self.at(0.6 * body.bone * tube(AXIS / 1.2, 0.35), self.index(across)) * smooth((along - 0.5) / 3)
-        x, y = (self.a - np.float32(1.28 * w - 0.2)) / 2.4, (self.v - 3.8) / 2.4
-        head = np.maximum(1 - x * x - y * y, 0)
-        out += 0.2 * body.bone * smooth(head * 3) * np.sqrt(head + 0.4)
-        return out
-
-    def scapula(self):
-        """The blade lies over the outer lung unless the shoulders are rolled forward."""
-        w = self.body.half_width
-        inner = w * (0.66 + 0.25 * self.pose.arms)
+        z = self.window(-26, 26, -1.5 - lift, 7 - lift)
+        ia = self.ia[z]
+        d = np.abs(self.v[z] - self.sided(curves, ia)) / self.sided(widths * np.sqrt(1 + slope * slope), ia)
+        bone = smooth((1 - d) / np.float32(max(0.25, 1.2 * self.px)) + 0.5) * (0.8 + 0.2 * np.minimum(d, 1))
+        film[z] += np.float32(0.34 * body.bone) * bone
+        # The blade lies over the outer lung unless the shoulders are rolled forward.
+        inner = w * (0.66 + 0.25 * pose.arms)
         corners = np.array([(inner, 1.0), (1.22 * w, 3.6), (inner + 0.14 * w, 14)], np.float32)
+        z = self.window(-26, 26, 0, 15)
         near = np.float32(9)
         for (u0, v0), (u1, v1) in zip(corners, np.roll(corners, -1, 0)):
             n = np.array([v0 - v1, u1 - u0]) / np.hypot(v0 - v1, u1 - u0)
-            near = np.minimum(near, (self.a - u0) * n[0] + (self.v - v0) * n[1])
+            near = np.minimum(near, self.a[z] * n[0] + (self.v[z] * n[1] - (u0 * n[0] + v0 * n[1])))
         border = 0.09 * smooth(AXIS / 0.5 + 0.5) + 0.09 * np.exp(-((AXIS - 0.4) ** 2) / 0.1)
-        return self.body.bone * self.at(border, self.index(near))
+        film[z] += self.at(body.bone * border, self.index(near))
 
-    def spine(self):
-        """Vertebral bodies, discs, pedicles, and the descending aorta beside them."""
+    def arms(self, film):
+        """Add the bones of the upper arms."""
+        body, u = self.body, 1.28 * self.body.half_width - 0.2
+        w = self.window(-40, 40, 4, 40)
+        across, along = self.arm_axis(w)
+        shaft = self.at(0.6 * body.bone * hollow(AXIS / 1.2, 0.35), self.index(across))
+        film[w] += shaft * self.at(smooth((AXIS - 0.5) / 3), self.index(along))
+        w = self.window(-u - 3, u + 3, 1, 6.5)
+        x, y = (self.a[w] - np.float32(u)) / np.float32(2.4), (self.v[w] - np.float32(3.8)) / np.float32(2.4)
+        head = np.maximum(1 - x * x - y * y, 0)
+        film[w] += np.float32(0.2 * body.bone) * smooth(head * 3) * np.sqrt(head + np.float32(0.4))
+
+    def spine(self, film):
+        """Add vertebral bodies, discs, pedicles, and the descending aorta beside them."""
+        w = self.window(-3, 3, -20, 40)
         part = (self.vertebra_of + 0.5) % 1 - 0.5
-        bodies = (0.11 * smooth((0.45 - np.abs(part)) / 0.14) + 0.09) * (1.5 - 0.5 * smooth((AXIS + 2) / 5))
+        bodies = (0.05 + 0.06 * smooth((AXIS + 1) / 4)) * smooth((0.45 - np.abs(part)) / 0.14) + 0.12
         pedicles = np.exp(-(((part + 0.05) / 0.16) ** 2)) * smooth((AXIS + 1) / 3)
-        half = self.at(through((-20, 1.1), (-3, 1.3), (10, 1.7), (30, 2.1), (40, 2.1)), self.iv)
-        out = self.at(bodies, self.iv) * smooth((half - self.a) / 0.6 + 0.5)
+        iv, ia = self.iv[w], self.ia[w]
+        half = self.at(through((-20, 1.1), (-3, 1.3), (10, 1.7), (30, 2.1), (40, 2.1)), iv)
+        out = self.at(bodies, iv) * smooth((half - self.a[w]) / np.float32(0.6) + 0.5)
         beside = 0.07 * np.exp(-(((np.abs(AXIS) - 1.15) / 0.3) ** 2)) + 0.07 * np.exp(-((AXIS / 0.35) ** 2))
-        out += self.at(pedicles, self.iv) * self.sided([beside, beside], self.ia)
-        out *= self.body.bone
+        out += self.at(pedicles, iv) * self.sided([beside, beside], ia)
+        out *= np.float32(self.body.bone)
         aorta = 0.14 * chord((AXIS - 1.2) / 1.5)
-        out += self.sided([0 * aorta, aorta], self.ia) * self.at(smooth((AXIS - 6) / 3), self.iv)
-        return out
+        out += self.sided([0 * aorta, aorta], ia) * self.at(smooth((AXIS - 6) / 3), iv)
+        film[w] += out
 
     def wires(self):
-        """Queue what is thin and outside the lungs: devices, calcium, electrodes, skin."""
+        """Queue what is thin and outside the lungs: devices, calcium, electrodes, bowel gas, skin."""
         body, pose, w = self.body, self.pose, self.body.half_width
-        rng = np.random.default_rng(pose.seed)
+        rng = np.random.default_rng((*pose.seed, 1))
         for name, site in self.devices.items():
             getattr(self, f"_{name}")(site)
         if body.calcified:
-            v = np.linspace(5.6, 8.6, 12)
+            v = np.linspace(0.25, 0.38, 12) * (self.base - body.dome)
             self.stroke(np.stack([np.interp(v, AXIS, self.edges[1]) - 0.15, v], 1), 0.12, 0.35)
         if pose.nipples:
             self.dots([-0.62 * w, 0.62 * w], 0.74 * self.base + rng.normal(0, 0.3, 2), 0.4, 0.16)
@@ -584,21 +647,24 @@ class Frontal(Projection):
             x, sign = rng.uniform(0.55, 0.85), rng.choice([-1, 1])
             self.stroke([(sign * x * w, 2), (sign * (x + 0.05) * w, 12), (sign * (x - 0.1) * w, 24)], 0.25, 0.07)
         if pose.electrodes:
-            for u, v in zip(rng.uniform(-0.8, 0.8, 4) * w, rng.uniform(3, 24, 4)):
+            out = rng.uniform(-1, 1) * w
+            for u, v in zip(rng.uniform(-0.8, 0.8, 3) * w, rng.uniform(3, 24, 3)):
                 self.dots(u, v, 0.35, 0.3)
-                self.stroke([(u, v), (u + rng.normal(0, 4), v + 6), (0.9 * w, 32)], 0.09, 0.4)
+                self.stroke([(u, v), (u + rng.normal(0, 4), v + 6), (out, 32)], 0.08, 0.3)
+        gas = rng.integers(0, 4)
+        u, v, size = rng.uniform(-0.8, 0.95, gas) * w, self.base + rng.uniform(2, 9, gas), rng.uniform(0.7, 1.6, gas)
+        self.dots(u, v, size, -2.5 * size**2)
 
     def _tube(self, site):
         sign, carina = (-1, 1)[site["side"]], 7.2 + 0.3 * self.pose.inspiration
-        x = 0.45 * self.pose.yaw
+        x, w = 0.45 * self.pose.yaw, self.body.half_width
         if site["kind"] == "endotracheal tube":
             for offset in (-0.35, 0.35):
                 self.stroke([(x + 2 * offset, -14), (x + offset, -5), (x + offset, carina - site["tip"])], 0.1, 0.35)
         elif site["kind"] == "nasogastric tube":
-            self.stroke([(x + 0.6, -14), (0.5, 0), (0.9, 12), (1.2, self.base - 4), (4, self.base + 1), (7, self.base)],
-                        0.17, 0.45)  # fmt: skip
+            way = [(x + 0.6, -14), (0.5, 0), (0.9, 12), (1.2, self.base - 4), (4, self.base + 1), (7, self.base)]
+            self.stroke(way, 0.17, 0.45)
         else:
-            w = self.body.half_width
             self.stroke([(sign * (w + 6), 20), (sign * w, 15), (sign * 0.8 * w, 9), (sign * 0.55 * w, 3.5)], 0.28, 0.4)
 
     def _line(self, site):
@@ -619,41 +685,37 @@ class Frontal(Projection):
         self.stroke([*entry, (-3, floor - 4), (-1, floor - 1), (4.5, floor - 1.2)], 0.11, 0.6)
         self.stroke([*entry, (-3.4, floor - 6), (-2.4, floor - 7.5)], 0.11, 0.6)
 
+    @functools.cached_property
+    def chest(self):
+        """Both lungs as they lie, whatever hides them [S, S]."""
+        return (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px) & (self.v > 0)
+
     def masks(self):
-        """Boolean masks of the anatomy; the lungs as they lie, whatever hides them."""
-        lungs = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px) & (self.v > 0)
+        """Boolean masks of the anatomy: lungs [2], zones [6], ribs [20]."""
         level = np.clip(self.v * (3 / self.base), 0, 2.999).astype(int)
-        zones = [lungs & self.beside(side) & (level == k) for side in (0, 1) for k in range(3)]
+        zones = [self.chest & self.beside(side) & (level == k) for side in (0, 1) for k in range(3)]
         ribs = np.zeros((len(RIBS), self.size, self.size), bool)
         for nearest, distance, strength in self.rib_arcs():
             bone = (np.abs(distance) < 1) & (strength > 0.03)
-            for k in range(10):
-                for side in (0, 1):
+            for side in (0, 1):
+                for k in range(10):
                     ribs[10 * side + k] |= bone & (nearest == k + 1) & self.beside(side)
-        both = np.stack([lungs & self.beside(side) for side in (0, 1)])
-        return {"lungs": both, "zones": np.stack(zones), "ribs": ribs}
+        lungs = np.stack([self.chest & self.beside(side) for side in (0, 1)])
+        return {"lungs": lungs, "zones": np.stack(zones), "ribs": ribs}
 
     def effusion_mask(self):
-        """Where fluid hides the lung."""
-        site = self.findings["effusion"]
-        inside = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px)
-        top = 0.4 * self.base if self.pose.supine else self.sided(self.fluid, self.ia)
-        return inside & (self.v > top) & np.isin(self.side, site["sides"])
+        """Where fluid hides the lung; lying down it spreads behind the lower two thirds."""
+        top = 0.35 * self.base if self.pose.supine else self.sided(self.fluid, self.ia)
+        return self.chest & (self.v > top) & np.isin(self.side, self.findings["effusion"]["sides"])
 
     def pneumothorax_mask(self):
         """Where there is air outside the lung."""
-        lungs = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px) & (self.v > 0)
-        return lungs & (self.free_air() > 0.5)
+        return self.chest & (self.free_air() > 0.5)
 
     def cardiomegaly_mask(self):
         """The heart's silhouette."""
-        floor = self.base - self.body.dome + 1
-        return (self.a < self.edge_px) & (self.v > floor - 9.5) & (self.v < np.minimum(self.dome_px + 0.5, floor + 3))
-
-    def opacity_mask(self):
-        """Where the shadow lies over its lung."""
-        lungs = (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px)
-        return self.opacity()[1] & lungs & self.beside(self.findings["opacity"]["side"])
+        f = self.base - self.body.dome + 1
+        return (self.a < self.edge_px) & (self.v > 0.56 * f) & (self.v < np.minimum(self.dome_px + 0.5, f + 3))
 
 
 class Lateral(Projection):
@@ -672,6 +734,7 @@ class Lateral(Projection):
         self.x = (self.u - self.front_px) / (self.back_px - self.front_px)  # 0 breastbone, 1 back
         self.iu = self.index(self.u)
         self.domes = [self._dome(side) for side in (0, 1)]
+        self.fluid = [self._fluid_level(side) for side in (0, 1)]
 
     def beside(self, side):
         """Both sides lie over each other."""
@@ -679,10 +742,8 @@ class Lateral(Projection):
 
     def _dome(self, side):
         """Height of a hemidiaphragm over u: high in front, deep behind."""
-        body = self.body
-        top = self.base - body.dome + (0.5 - (side == 0)) * body.elevation
-        x = np.clip((AXIS + 10.5) / 20, 0, 1.1)
-        return top + through((-24, 2.5), (-11, 2.2), (-8, 0.8), (-3, 0), (2, 0.9), (6, 3.0), (10, 6.5), (40, 8)) + 0 * x
+        top = self.base - self.body.dome + (0.5 - (side == 0)) * self.body.elevation
+        return top + through((-24, 2.5), (-11, 2.2), (-8, 0.8), (-3, 0), (2, 0.9), (6, 3.0), (10, 6.5), (40, 8))
 
     def _fluid_level(self, side):
         """Upper surface of pleural fluid, deepest behind the lung."""
@@ -694,7 +755,7 @@ class Lateral(Projection):
 
     @functools.cached_property
     def heart(self):
-        """1 in the middle of the heart, 0 at its outline and negative outside: an egg that leans backwards."""
+        """1 in the middle of the heart, 0 at its outline, negative outside: an egg that leans backwards."""
         body = self.body
         ratio = self.findings.get("cardiomegaly", {"ratio": body.cardiothoracic})["ratio"]
         r = 13 * ratio * body.half_width / 14
@@ -708,37 +769,43 @@ class Lateral(Projection):
         v = site["down"] * self.base
         front, back = self.value(self.front, v), self.value(self.back, v)
         u = front + site["behind"] * (back - front)
-        return u, min(v, self.value(self.domes[site.get("side", 0)], u) - 1)
+        return u, min(v, self.value(self.domes[site["side"]], u) - 1)
 
     def render(self):
         """Attenuation [S, S]."""
-        air = self.lungs() * self.grain()
-        lung = np.minimum(air / 8, 1)
+        air = self.lungs()
+        air *= self.grain()
+        lung = np.minimum(air * np.float32(1 / 8), 1)
+        film = self.flesh()
+        film -= np.float32(1 - LUNG) * air
+        film *= np.float32(SOFT)
         self.vessels()
-        inside = self.painted() * lung
+        inside = self.painted()
+        inside *= lung
         if "pneumothorax" in self.findings:
-            free = 0.5 * self.free_air()
+            free = np.float32(0.5) * self.free_air()  # the other lung is in front of it
             inside *= 1 - free
-            inside -= SOFT * LUNG * 1.3 * air * free
-        a = SOFT * (self.flesh() - (1 - LUNG) * air - self.airways()) + inside
-        a += self.lesions(lung)
-        a += self.bones()
+            film -= np.float32(SOFT * LUNG * 1.3) * air * free
+        film += inside
+        self.lesions(film, lung)
+        self.airways(film)
+        self.ribs(film)
+        self.bones(film)
         self.wires()
-        a += self.painted()
-        return a
+        film += self.painted()
+        return film
 
     def lungs(self):
         """Path through aerated lung, both sides."""
-        body = self.body
-        x = np.clip(2 * np.abs(self.x - 0.5), 0, 1)
-        width = 0.75 * body.half_width * smooth((AXIS + 1.5) / 10)
+        x = np.minimum(np.abs(2 * self.x - 1), 1)
+        width = 0.75 * self.body.half_width * smooth((AXIS + 1.5) / 10)
         out = self.at(width, self.iv) * np.sqrt(1 - x**5)
-        floor = [np.minimum(self.domes[side], self._fluid_level(side)) for side in (0, 1)]
-        out *= sum(smooth((self.at(f, self.iu) - self.v) / 0.4 + 0.5) for f in floor)
-        middle = 0.55 * smooth(1.3 * self.heart)
+        floor = [self.at(np.minimum(d, f), self.iu) for d, f in zip(self.domes, self.fluid)]
+        out *= sum(smooth((f - self.v) / np.float32(max(0.4, self.px)) + 0.5) for f in floor)
         # Great vessels and muscle between the lungs, above the heart.
-        column = smooth((5.5 - np.abs(self.u + 0.5)) / 5) * self.at(smooth((18 - AXIS) / 12), self.iv)
-        return out * (1 - np.maximum(middle, 0.5 * column))
+        column = smooth((5.5 - np.abs(self.u + 0.5)) / 5) * self.at(0.5 * smooth((18 - AXIS) / 12), self.iv)
+        out *= 1 - np.maximum(np.float32(0.55) * smooth(1.3 * self.heart), column)
+        return out
 
     def free_air(self):
         """Air in front of and above one lung; queues the line of its pleura."""
@@ -755,87 +822,85 @@ class Lateral(Projection):
         bust = 1.3 * body.breast * np.exp(-np.abs((AXIS - 0.68 * self.base) / 5) ** 2.5)
         ahead = self.front - 1.6 - 0.7 * body.fat - belly - bust - 2.5 * smooth((2 - AXIS) / 4)
         behind = self.back + 2.2 + body.fat + 1.5 * smooth((6 - AXIS) / 8)
-        ahead, behind = self.at(ahead, self.iv), self.at(behind, self.iv)
-        x = np.minimum(np.abs((2 * self.u - ahead - behind) / (behind - ahead)), 1)
+        middle, scale = 0.5 * (ahead + behind), 2 / (behind - ahead)
+        x = np.minimum(np.abs((self.u - self.at(middle, self.iv)) * self.at(scale, self.iv)), 1)
         width = 2 * (body.half_width + 2 + body.fat)
         width = through((-20, 14), (-6, 18), (-1, 0.8 * width), (4, width), (14, width), (40, width * 1.05))
         out = self.at(width, self.iv) * np.sqrt(1 - x * x * x)
         # The arms are raised out of the way, forwards.
-        across, along = 0.8 * self.u - 0.6 * self.v - 1.5, 0.8 * self.v + 0.6 * self.u
-        arm = self.at(11 * chord(AXIS / 5), self.index(across)) * smooth((2 - along) / 6)
-        out = np.maximum(out, arm)
+        w = self.window(-30, 10, -24, 6)
+        u, v = self.u[w], self.v[w]
+        arm = self.at(11 * chord(AXIS / 5), self.index(0.8 * u - 0.6 * v - 1.5)) * smooth((2 - 0.8 * v - 0.6 * u) / 6)
+        out[w] = np.maximum(out[w], arm)
         if self.pose.stomach:
             g = self.pose.stomach
-            out -= 4 * self.ball(-2, self.value(self.domes[1], -2) + 1 + 0.8 * g, 1.3 * g, 0.8 * g)
+            self.ball(out, -4, -2, self.value(self.domes[1], -2) + 1 + 0.8 * g, 1.3 * g, 0.8 * g)
         return out
 
-    def airways(self):
-        """Path through the trachea, which runs backwards as it goes down."""
+    def airways(self, film):
+        """Remove the air of the trachea, which runs backwards as it goes down."""
+        w = self.window(-4, 6, -12, 12)
+        iv = self.iv[w]
         axis = through((-20, -1.5), (-5, -0.8), (0, 0.2), (9, 2.4), (40, 3))
-        width = 1.9 * smooth((AXIS + 9) / 3) * smooth((11 - AXIS) / 2.5)
-        return self.at(width, self.iv) * chord((self.u - self.at(axis, self.iv)) / 0.9)
+        depth = SOFT * 1.9 * smooth((AXIS + 9) / 3) * smooth((11 - AXIS) / 2.5)
+        film[w] -= self.at(depth, iv) * chord((self.u[w] - self.at(axis, iv)) / np.float32(0.9))
 
     def vessels(self):
-        """Both trees leave from hila that nearly coincide."""
+        """Queue both trees, which leave from hila that nearly coincide."""
         body = self.body
-        for side in (0, 1):
-            x, y, r, step = vessel_tree((*body.seed, side), -2.9, 2.9, 11)
-            scale = 0.42 * body.depth
-            r, step = r * scale * 1.2, step * scale
-            u, v = 1.6 + (0.9 if side else -0.3) + scale * x, 11 - 0.8 * side + 1.15 * scale * y
-            self.dots(u, v, np.maximum(0.6 * r, 0.6 * step), body.vascularity * 1.1 * r**1.55 * step)
+        side, x, y, r, step = vessel_tree(body.seed, -2.9, 2.9, 11)
+        scale = 0.42 * body.depth
+        r, step = r * scale * 1.2, step * scale
+        u, v = 1.0 + 1.6 * side + scale * x, 11.2 - 1.4 * side + 1.15 * scale * y
+        self.dots(u, v, 0.6 * np.maximum(r, step), 1.1 * body.vascularity * r**1.55 * step)
         self.dots([1.5, 2.4], [10.5, 9.6], 1.3, 1.8)
 
-    def rib_arcs(self):
-        """Per side: which rib [S, S], signed distance in half widths, strength."""
+    def rib_arcs(self, w=EVERYWHERE):
+        """Per side: which rib, signed distance in half widths, strength."""
+        u, x = self.u[w], self.x[w]
+        strength = np.float32(0.14 * self.body.bone) * smooth((x - 0.12) / 0.15) * smooth((1.08 - x) / 0.04)
         for side in (0, 1):
-            fall = 0.55 * (self.back_px - self.u) + (0.9 if side else 0) + 0.8 * np.clip(0.5 - self.x, 0, 1) ** 2
-            rib = self.at(self.vertebra_of, self.index(self.v - fall))
+            y = self.v[w] - np.float32(0.55) * (self.back_px[w] - u) - np.float32(0.9 * side)
+            rib = self.at(self.vertebra_of, self.index(y))
             nearest = np.rint(rib)
             rib -= nearest
-            rib *= 0.87 * RIB_SPACING / self.body.rib_half_width
-            strength = 0.14 * self.body.bone * smooth((self.x - 0.12) / 0.15) * smooth((1.08 - self.x) / 0.04)
-            strength *= (nearest > 0.5) & (nearest < 11.5)
+            rib *= np.float32(0.87 * RIB_SPACING / self.body.rib_half_width)
+            shown = strength * ((nearest > 0.5) & (nearest < 11.5))
             if self.findings.get("fracture", {"side": -1})["side"] == side:
-                strength *= 1.5
-                self._break(nearest, rib, strength)
-            yield nearest, rib, strength
+                self.break_ribs(nearest, rib, shown, lambda at: at - u)
+            yield nearest, rib, shown
 
-    def break_point(self):
-        """Where the broken rib is broken."""
+    def break_point(self, rib):
+        """Where a broken rib is broken."""
         site = self.findings["fracture"]
         behind = 1 - 0.6 * site["across"]
-        v = start = float(np.interp(site["rib"], VERTEBRAE, self.vertebra_v)) + (0.9 if site["side"] else 0)
+        v = start = float(np.interp(rib, VERTEBRAE, self.vertebra_v)) + 0.9 * site["side"]
         for _ in range(6):
             front, back = self.value(self.front, v), self.value(self.back, v)
             v = start + 0.55 * (1 - behind) * (back - front)
         return front + behind * (back - front), v
 
-    def _break(self, nearest, distance, strength):
-        """Displace the front part of the broken rib and open a gap (in place)."""
-        site = self.findings["fracture"]
-        u, _ = self.break_point()
-        far = nearest == site["rib"]
-        distance[far] += np.where(self.u[far] < u, site["step"] / self.body.rib_half_width, 0)
-        strength[far] *= 1 - 0.9 * np.exp(-(((self.u[far] - u) / max(0.22, 0.5 * self.px)) ** 2))
+    def ribs(self, film):
+        """Add the ribs of both sides."""
+        w = self.window(-14, 16, 0, 40)
+        d = np.arange(256, dtype=np.float32) / 128
+        profile = smooth((1 - d) / max(0.25, 0.8 * self.px) + 0.5) * (0.62 + 0.55 * np.minimum(d, 1) ** 3)
+        for _, distance, strength in self.rib_arcs(w):
+            film[w] += strength * self.at(profile, (np.abs(distance) * 128).astype(np.intp))
 
-    def bones(self):
-        """Spine, ribs, breastbone, shoulder blades."""
-        body = self.body
-        out = 0
-        for _, distance, strength in self.rib_arcs():
-            d = np.abs(distance)
-            out = out + strength * (0.62 + 0.55 * np.minimum(d**3, 1)) * smooth((1 - d) / 0.3 + 0.5)
+    def bones(self, film):
+        """Add spine and breastbone."""
+        bone = np.float32(self.body.bone)
         part = (self.vertebra_of + 0.5) % 1 - 0.5
         plates = np.exp(-(((np.abs(part) - 0.4) / 0.06) ** 2))
         bodies = 0.2 * smooth((0.45 - np.abs(part)) / 0.1) + 0.16 * plates + 0.05
         d = np.abs(self.u - self.at(self.spine_u, self.iv))
-        out += body.bone * self.at(bodies, self.iv) * smooth((1.7 - d) / 0.4 + 0.5)
-        arch = 0.16 * np.exp(-(((self.u - self.at(self.spine_u + 2.6, self.iv)) / 0.9) ** 2))
-        out += body.bone * self.at(0.6 + 0.4 * np.cos(2 * np.pi * part), self.iv) * arch
+        out = self.at(bodies, self.iv) * smooth((1.7 - d) / np.float32(0.4) + 0.5)
+        arch = self.at(0.16 * np.exp(-((AXIS / 0.9) ** 2)), self.index(self.u - self.back_px + np.float32(0.6)))
+        out += self.at(0.6 + 0.4 * np.cos(2 * np.pi * part), self.iv) * arch
         sternum = self.at(0.3 * smooth((AXIS - 2) / 2) * smooth((20 - AXIS) / 2), self.iv)
-        out += body.bone * sternum * smooth((0.9 - np.abs(self.u - self.front_px + 0.5)) / 0.4)
-        return out
+        out += sternum * smooth((0.9 - np.abs(self.u - self.front_px + 0.5)) / np.float32(0.4))
+        film += bone * out
 
     def wires(self):
         """Queue devices, the shoulder blades' borders, the aortic arch."""
@@ -881,9 +946,8 @@ class Lateral(Projection):
 
     def effusion_mask(self):
         """Where fluid hides a lung."""
-        inside = (self.x > 0) & (self.x < 1)
-        pairs = [(self.at(self.domes[s], self.iu), self.at(self._fluid_level(s), self.iu)) for s in (0, 1)]
-        return inside & ((self.v < pairs[0][0]) & (self.v > pairs[0][1]) | (self.v < pairs[1][0]) & (self.v > pairs[1][1]))
+        fluid = np.stack([self.v > self.at(level, self.iu) for level in self.fluid])
+        return (fluid & self.masks()["lungs"]).any(0)
 
     def pneumothorax_mask(self):
         """Where there is air outside a lung."""
@@ -891,8 +955,4 @@ class Lateral(Projection):
 
     def cardiomegaly_mask(self):
         """The heart's silhouette."""
-        return (self.heart > 0) & (self.x > 0) & (self.v < np.maximum(*(self.at(d, self.iu) for d in self.domes)))
-
-    def opacity_mask(self):
-        """Where the shadow lies over the lung."""
-        return self.opacity()[1] & self.masks()["lungs"].any(0)
+        return (self.heart > 0) & self.masks()["lungs"].any(0)

@@ -5,15 +5,16 @@ step: nothing to save, any number of hosts, exact resume. A host reads the slots
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grain
 import numpy as np
 
 from raddino_jax import masking
-from raddino_jax.data import images, synthetic
+from raddino_jax.data import images, labels, synthetic
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".webp", ".bmp", ".dcm", ".dicom", ""}
 
@@ -47,14 +48,33 @@ class Folder:
         except images.ImageError as error:
             raise DataError(f"{self.files[index]}: {error}") from error
 
+    def labels(self, spec) -> labels.Labels | None:
+        """Labels of the CSV that `config.eval` names, None where it names none."""
+        if not spec.csv:
+            return None
+        return labels.read_csv(spec.csv, self.files, spec.columns, spec.file_column, spec.patient_column, spec.where)
 
-class Synthetic(synthetic.Synthetic):
+
+class Synthetic:
     """Procedural radiographs, square already."""
 
     kind = "synthetic"
 
+    def __init__(self, films: int, image_size: int, seed: int = 0):
+        self.source = synthetic.Synthetic(films, image_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
     def film(self, index: int) -> np.ndarray:
-        return self[index]
+        return self.source[index]
+
+    def labels(self, spec) -> labels.Labels:
+        """The findings drawn into each film."""
+        rows = [self.source.labels(i) for i in range(len(self))]
+        values = np.array([[row[name] for name in synthetic.FINDINGS] for row in rows], np.float32)
+        patients = np.array([row["patient_id"] for row in rows])
+        return labels.Labels(synthetic.FINDINGS, values, patients, np.arange(len(rows)))
 
 
 class Cached:
@@ -95,6 +115,21 @@ def _open(name: str, data):
         f"dataset {name!r} is not prepared in data_dir {data.data_dir!r}; sources that need no preparation are "
         "'synthetic' and 'folder:PATH'"
     )
+
+
+def labelled_films(data, spec) -> tuple[list[np.ndarray], labels.Labels, str] | None:
+    """Films to evaluate on: (films, labels, "synthetic" or "real"), at most `spec.films`; None without labels.
+
+    data: `config.data`; spec: `config.eval`. Synthetic films are others than those trained on; films of a folder are
+    trained on too, without their labels. Raises LabelError, DataError.
+    """
+    for name in data.sources:
+        source = Synthetic(spec.films, data.image_size, seed=1) if name == "synthetic" else _open(name, data)
+        found = source.labels(spec)
+        if found is not None:
+            found = found.take(np.arange(len(found))[: spec.films])
+            return [square(data)(source.film(i)) for i in found.films], found, source.kind
+    return None
 
 
 # --- batches -----------------------------------------------------------------------------------------
@@ -187,6 +222,11 @@ def _group_masks(seed: int, step: int, group: int, spec: MaskSpec) -> np.ndarray
 def pack(masks: np.ndarray) -> np.ndarray:
     """bool [..., N] -> uint8 [..., ceil(N / 8)]; the device unpacks with jnp.unpackbits(count=N)."""
     return np.packbits(masks, axis=-1)
+
+
+def square(data) -> Callable[[np.ndarray], np.ndarray]:
+    """film -> its centre window of `data.image_size`, as evaluations see it."""
+    return partial(_Square(data.image_size, "centre", 0), slot=0)
 
 
 @dataclass(frozen=True)

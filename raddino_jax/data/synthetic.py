@@ -12,6 +12,7 @@ are independent of each other, so nothing but the finding itself gives it away. 
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 from scipy import ndimage
@@ -51,6 +52,8 @@ class Technique:
     level: float  # window position, fraction of the window
     contrast: float
     gamma: float
+    black: float  # grey of air and of bone
+    white: float
     equalise: float  # how much of the slow variation the software removes
     blur: float  # cm
     noise: float  # grey levels
@@ -94,6 +97,11 @@ def _rng(seed, room, *key):
     return np.random.default_rng([seed, ROOMS.index(room), *key])
 
 
+def _within(x, low, high):
+    # min and max keep Python floats, which leave float32 arrays float32; np.clip does not.
+    return min(max(x, low), high)
+
+
 def patient_and_visit(index, seed=0):
     """Number of the patient whose film this is (the index of the first), and how many came before."""
     block, position = divmod(index, BLOCK)
@@ -107,62 +115,64 @@ def patient(number, seed=0):
     """Draw a person: sex, age and habitus shape the body as they do in the population."""
     rng = _rng(seed, "patient", number)
     male = rng.random() < 0.53
-    age = float(np.clip(rng.normal(57, 18), 18, 92))
-    bmi = float(np.clip(26.5 + 5 * rng.normal() + 1.5 * abs(rng.normal()), 16, 46))
-    stature = rng.normal(1.77 if male else 1.64, 0.07)
-    old, n = max(age - 45, 0), rng.normal(0, 1, 16)
-    height = (26.3 if male else 24.0) + 6 * (stature - (1.77 if male else 1.64)) + n[0] - 0.02 * old
+    age = _within(rng.normal(57, 18), 18, 92)
+    bmi = _within(26.5 + 5 * rng.normal() + 1.5 * abs(rng.normal()), 16, 46)
+    taller = rng.normal(0, 0.07)
+    old, n = max(age - 45, 0), rng.normal(size=16).tolist()
     body = anatomy.Body(
         half_width=(14.1 if male else 12.7) + 0.5 * n[1] + 0.04 * (bmi - 26),
-        height=height,
+        height=(26.3 if male else 24.0) + 6 * taller + n[0] - 0.02 * old,
         depth=(20.5 if male else 18.5) + 0.9 * n[2] + 0.12 * (bmi - 26) + 0.03 * old,
-        fat=float(np.clip(0.6 + 0.17 * (bmi - 19) + 0.25 * n[3], 0.3, 5.5)),
-        breast=max(0.12 * (bmi - 33), 0) if male else float(np.clip(1.6 + 0.14 * (bmi - 22) + 0.7 * n[4], 0.5, 6)),
-        bone=float(np.clip((1.1 if male else 1.0) - 0.008 * old + 0.1 * n[5], 0.5, 1.4)),
+        fat=_within(0.6 + 0.17 * (bmi - 19) + 0.25 * n[3], 0.3, 5.5),
+        breast=max(0.12 * (bmi - 33), 0) if male else _within(2.2 + 0.15 * (bmi - 22) + 0.7 * n[4], 0.8, 6.5),
+        bone=_within((1.1 if male else 1.0) - 0.008 * old + 0.1 * n[5], 0.5, 1.4),
         rib_half_width=(0.62 if male else 0.56) + 0.04 * n[6],
         rib_drop=1 + 0.1 * n[7] + 0.004 * (age - 50),
-        cardiothoracic=float(np.clip(0.442 + 0.027 * n[8] + 0.0004 * (age - 50), 0.36, 0.49)),
-        knob=float(np.clip(0.3 + 0.02 * (age - 40) + 0.3 * n[9], 0, 2)),
-        calcified=bool(rng.random() < np.clip((age - 55) / 50, 0, 0.6)),
+        cardiothoracic=_within(0.442 + 0.027 * n[8] + 0.0004 * (age - 50), 0.36, 0.49),
+        knob=_within(0.3 + 0.02 * (age - 40) + 0.3 * n[9], 0, 2),
+        calcified=rng.random() < _within((age - 55) / 50, 0, 0.6),
         scoliosis=0.5 * n[10] * (1 + old / 60),
         kyphosis=max(0.05 * (age - 60) + 0.6 * n[11], 0),
-        dome=float(np.clip(4.0 + 0.6 * n[12], 2.6, 5.6)),
+        dome=_within(4.0 + 0.6 * n[12], 2.6, 5.6),
         elevation=1.2 + 0.7 * n[13],
-        vascularity=float(np.clip(1 + 0.15 * n[14], 0.6, 1.5)),
+        vascularity=_within(1 + 0.15 * n[14], 0.6, 1.5),
         seed=(seed, ROOMS.index("vessels"), number),
     )
-    present = tuple(rng.random(len(FINDINGS)) < PREVALENCE)
+    weight = bmi * ((1.77 if male else 1.64) + taller) ** 2
+    present = tuple((rng.random(len(FINDINGS)) < PREVALENCE).tolist())
     pacemaker = {"side": int(rng.random() < 0.8)} if rng.random() < 0.09 else None
-    return Patient(number, "M" if male else "F", age, bmi, bmi * stature**2, body, present, _sites(rng), pacemaker)
+    return Patient(number, "M" if male else "F", age, bmi, weight, body, present, _sites(rng), pacemaker)
 
 
 def _place(rng):
     """Somewhere in a lung: fractions of its width, height and depth."""
-    across, down, behind = rng.uniform((0.15, 0.12, 0.2), (0.85, 0.78, 0.85))
+    across, down, behind = rng.uniform((0.15, 0.12, 0.2), (0.85, 0.78, 0.85)).tolist()
     return {"side": int(rng.integers(2)), "across": across, "down": down, "behind": behind}
 
 
 def _sites(rng):
     """Where and how large each finding would be if it were there (cm); small ones are common."""
-    u = rng.random(12)
+    u = rng.random(12).tolist()
     side = int(rng.integers(2))
     nodules = [
         _place(rng) | {"radius": r, "density": d, "aspect": a}
-        for r, d, a in rng.uniform((0.6, 0.75, 0.85), (1.5, 1.2, 1.2), (3, 3))
+        for r, d, a in rng.uniform((0.65, 0.9, 0.85), (1.7, 1.4, 1.2), (3, 3)).tolist()
     ]
     reticular = u[6] < 0.4
+    first, count = int(rng.integers(3, 8)), 1 + int(np.searchsorted((0.6, 0.85), u[11]))
     return {
-        "effusion": {"sides": (0, 1) if u[0] < 0.15 else (side,), "height": 2.2 + 9 * u[1] ** 1.7},
-        "pneumothorax": {"side": int(u[2] < 0.5), "gap": 0.9 + 4.5 * u[3] ** 2, "apical": 0.6 + 0.9 * u[4]},
+        "effusion": {"sides": (0, 1) if u[0] < 0.15 else (side,), "height": 2.5 + 10 * u[1] ** 1.4},
+        "pneumothorax": {"side": int(u[2] < 0.5), "gap": 1.2 + 4.5 * u[3] ** 1.6, "apical": 0.6 + 0.9 * u[4]},
         "nodule": {"sites": nodules[: 1 if u[5] < 0.75 else 2 if u[5] < 0.92 else 3]},
         "opacity": _place(rng) | {
             "kind": "reticular" if reticular else "airspace", "aspect": 0.7 + 0.6 * u[7],
-            "radius": (3.5 if reticular else 2.2) + 3 * u[8], "density": (2 + 1.5 * u[9]) if reticular else (2.5 + 3 * u[9]),
-            "seed": tuple(rng.integers(2**31, size=2)),
+            "radius": (4 if reticular else 2.6) + 3 * u[8],
+            "density": (2.5 + 1.5 * u[9]) if reticular else (3.5 + 3 * u[9]),
+            "seed": tuple(rng.integers(2**31, size=2).tolist()),
         },
-        "cardiomegaly": {"ratio": 0.53 + 0.12 * u[10] ** 1.3},
-        "fracture": {"side": int(rng.integers(2)), "rib": int(rng.integers(3, 10)), "across": rng.uniform(0.45, 0.92),
-                     "step": rng.uniform(0.6, 1.2) * rng.choice((-1, 1))},
+        "cardiomegaly": {"ratio": 0.54 + 0.12 * u[10] ** 1.2},
+        "fracture": {"side": int(rng.integers(2)), "ribs": tuple(range(first, first + count)),
+                     "across": rng.uniform(0.4, 0.88), "step": rng.uniform(0.7, 1.3) * (-1) ** int(rng.integers(2))},
     }  # fmt: skip
 
 
@@ -172,7 +182,7 @@ def case(index, seed=0):
     number, visit = patient_and_visit(index, seed)
     person = patient(number, seed)
     rng = _rng(seed, "film", index)
-    view = VIEWS[int(np.searchsorted((0.5, 0.83), rng.random()))]
+    view = VIEWS[int(np.searchsorted((0.55, 0.87), rng.random()))]
     age = person.age + visit * rng.uniform(0, 1.5)
     pose = _pose(rng, view, person.body, (seed, ROOMS.index("texture"), index))
     technique = _technique(rng, pose, person.body, (seed, ROOMS.index("grain"), index))
@@ -194,7 +204,7 @@ def _findings(person, index, seed):
 
 def _devices(rng, view, person):
     """Lines and tubes belong to the bedside film, whatever the findings."""
-    u, found = rng.random(8), {}
+    u, found = rng.random(8).tolist(), {}
     chance = 0.35 if view == "AP" else 0.06
     if u[0] < chance:
         kinds = ("endotracheal tube", "nasogastric tube", "chest tube")
@@ -209,28 +219,27 @@ def _devices(rng, view, person):
 def _pose(rng, view, body, seed):
     """Lungs always lie on the film, though not in its middle."""
     bedside = view == "AP"
-    inspiration = rng.normal(*((-1.1, 1.1) if bedside else (0.3, 0.8)))
-    inspiration = float(np.clip(inspiration, -3.5, 2.2))
+    inspiration = _within(rng.normal(*((-1.1, 1.1) if bedside else (0.3, 0.8))), -3.5, 2.2)
     base = body.height + inspiration
     half = (0.62 * body.depth if view == "LATERAL" else body.half_width) + 1.5
     field = max(rng.normal(36.5, 2.4), 2 * half + 0.5, base + 4.5)
     room = field / 2 - half, (field - base - 4) / 2
-    shift = np.clip(rng.normal(0, 1.3, 2) * (1.4 if bedside else 1), np.negative(room), room)
-    degrees = rng.normal(0, 3.5 if bedside else 1.8)
+    off = [_within(rng.normal(0, 1.8 if bedside else 1.3), -r, r) for r in room]
+    degrees = _within(rng.normal(0, 3.5 if bedside else 1.8), -8, 8)
     return anatomy.Pose(
         view=view,
         field=field,
-        rotation=float(np.radians(np.clip(degrees, -8, 8))),
-        shift=(float(shift[0]), float(shift[1] - (base + 0.6) / 2)),
-        yaw=float(np.clip(rng.normal(0, 1.1 if bedside else 0.5), -2.2, 2.2)),
+        rotation=math.radians(degrees),
+        shift=(off[0], off[1] - (base + 0.6) / 2),
+        yaw=_within(rng.normal(0, 1.1 if bedside else 0.5), -2.2, 2.2),
         inspiration=inspiration,
         arms=rng.uniform(0, 0.4) if bedside else rng.uniform(0.3, 1),
-        supine=bool(bedside and rng.random() < 0.5),
-        facing=int(rng.choice((-1, 1))) if view == "LATERAL" else 1,
+        supine=bedside and rng.random() < 0.5,
+        facing=(-1) ** int(rng.integers(2)) if view == "LATERAL" else 1,
         stomach=rng.uniform(1, 2.4) if rng.random() < 0.6 else 0.0,
-        electrodes=bool(bedside and rng.random() < 0.4),
-        nipples=bool(rng.random() < 0.12),
-        fold=bool(bedside and rng.random() < 0.2),
+        electrodes=bedside and rng.random() < 0.4,
+        nipples=rng.random() < 0.12,
+        fold=bedside and rng.random() < 0.2,
         seed=seed,
     )
 
@@ -240,17 +249,19 @@ def _technique(rng, pose, body, seed):
     bedside = pose.view == "AP"
     side, top = pose.field / 2 - body.half_width - 2, pose.field / 2 + pose.shift[1] - 2
     room = side + pose.shift[0], top, side - pose.shift[0], 2.0
-    wanted = rng.uniform(0, 4, 4) * (rng.random(4) < 0.45) * (rng.random() < 0.6)
+    wanted = (rng.uniform(0, 4, 4) * (rng.random(4) < 0.45) * (rng.random() < 0.6)).tolist()
     letter = "LR"[int(rng.random() < 0.3)] if rng.random() < 0.75 else ""
     return Technique(
         level=rng.normal(0, 0.05),
-        contrast=float(np.clip(rng.normal(0.85 if bedside else 1.0, 0.13), 0.55, 1.4)),
-        gamma=float(np.exp(rng.normal(0, 0.16))),
+        contrast=_within(rng.normal(0.8 if bedside else 0.95, 0.13), 0.5, 1.3),
+        gamma=math.exp(rng.normal(0, 0.16)),
+        black=rng.uniform(-0.03, 0.09),
+        white=_within(rng.normal(0.93, 0.06), 0.75, 1),
         equalise=rng.uniform(0, 0.45),
         blur=rng.uniform(0, 0.14 if bedside else 0.09),
-        noise=float(np.exp(rng.uniform(np.log(0.7), np.log(4.0)))),
-        tilt=tuple(rng.normal(0, 0.04, 2)),
-        cut=tuple(np.clip(np.minimum(wanted, room), 0, None)),
+        noise=math.exp(rng.uniform(math.log(0.7), math.log(4.0))),
+        tilt=(rng.normal(0, 0.04), rng.normal(0, 0.04)),
+        cut=tuple(_within(most, 0, want) for want, most in zip(wanted, room)),
         skew=rng.normal(0, 0.012),
         outside=0.93 if rng.random() < 0.08 else rng.uniform(0, 0.06),
         letter=letter,
@@ -285,34 +296,52 @@ def _letter(technique, pose, size):
 def develop(attenuation, technique, pose):
     """Attenuation to film, uint8 [S, S]: automatic exposure, a film's S curve, noise, collimation, marker."""
     size = len(attenuation)
-    px, cells = pose.field / size, max(size // 28, 1)
-    sample = attenuation[::cells, ::cells]
-    low, high = np.percentile(sample[sample > 0.4], (8, 96))
-    a = attenuation - technique.equalise * (_slow(attenuation) - np.float32(0.5 * (low + high)))
-    a -= np.float32(low)
-    a *= np.float32((1 + 0.6 * technique.equalise) / (high - low))
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    a += np.float32(technique.tilt[0]) * axis + np.float32(technique.tilt[1]) * axis[:, None]
-    grey = np.tanh(np.float32(2.2 * technique.contrast) * (a + np.float32(technique.level - 0.45)))
-    grey = (grey * 0.5 + np.float32(0.5001)) ** np.float32(technique.gamma)
+    px = pose.field / size
+    thumbs = ((np.arange(35) + 0.5) / 35 * size).astype(int)
+    thumbnail = attenuation[np.ix_(thumbs, thumbs)]
+    levels = np.sort(thumbnail[thumbnail > 0.4])
+    low, high = levels[int(0.08 * levels.size)], levels[int(0.96 * levels.size)]
+    # The window in units of which the curve below is drawn, less the slow variation that software flattens.
+    scale = (1 + 0.6 * technique.equalise) / (high - low)
+    axis = np.linspace(-1.25, 1.25, 11)
+    slow = technique.tilt[0] * axis + technique.tilt[1] * axis[:, None]
+    slow = slow - technique.equalise * scale * (_blocks(thumbnail) - 0.5 * (low + high))
+    a = anatomy.upsample((slow + technique.level - low * scale + 1).astype(np.float32), size)
+    a += np.float32(scale) * attenuation
+    grey = np.take(_curve(technique), (a * CURVE).astype(np.intp), mode="clip")
     if technique.blur > 0.3 * px:
-        grey = ndimage.gaussian_filter(grey, technique.blur / px, truncate=2.5)
-    # Few photons reach the dark side of a film's negative: its bright parts are the noisy ones.
-    grain = np.random.default_rng(technique.seed).standard_normal(grey.shape, np.float32)
-    grey += grain * (grey + np.float32(0.3)) * np.float32(technique.noise / 255)
+        grey = ndimage.gaussian_filter(grey, technique.blur / px, truncate=2)
+    # Few photons come through where a film is bright: there the noise is strongest.
+    rng = np.random.default_rng(technique.seed)
+    grain = rng.random(grey.shape, np.float32) + rng.random(grey.shape, np.float32)
+    grain -= 1
+    grain *= grey + np.float32(0.3)
+    grey += np.float32(technique.noise / 255 * 6**0.5) * grain
     if technique.letter:
         grey += _letter(technique, pose, size)
     if any(technique.cut):
-        open_field = _collimator(technique, pose, size)
-        grey = grey * open_field + np.float32(technique.outside) * (1 - open_field)
-    return (255 * np.clip(grey, 0, 1) + np.float32(0.5)).astype(np.uint8)
+        shutter = _collimator(technique, pose, size)
+        grey = grey * shutter + np.float32(technique.outside) * (1 - shutter)
+    np.clip(grey, 0, 1, out=grey)
+    return (255 * grey + np.float32(0.5)).astype(np.uint8)
 
 
-def _slow(a):
-    """A copy without what is smaller than an eighth of the film."""
-    rows = anatomy.upsampling(len(a), 8)
-    means = rows / rows.sum(0)
-    return rows @ (means.T @ a @ means) @ rows.T
+CURVE = 1024  # table cells per unit of exposure
+
+
+def _curve(technique):
+    """Grey over exposure, from one window below black to one above white."""
+    x = np.arange(3 * CURVE, dtype=np.float32) / CURVE - 1
+    grey = (0.5001 + 0.5 * np.tanh(2.2 * technique.contrast * (x - 0.45))) ** technique.gamma
+    return technique.black + (technique.white - technique.black) * grey
+
+
+def _blocks(thumbnail):
+    """Means [11, 11] of a thumbnail [35, 35] around the knots of a smooth field."""
+    knots = (np.arange(11) - 1) / 8 * 35
+    weights = np.exp(-0.5 * ((np.arange(35) + 0.5 - knots[:, None]) / 4) ** 2)
+    weights /= weights.sum(1, keepdims=True)
+    return weights @ thumbnail @ weights.T
 
 
 def _collimator(technique, pose, size):
@@ -322,8 +351,7 @@ def _collimator(technique, pose, size):
     left, top, right, bottom = technique.cut
     half, width = pose.field / 2, max(0.2, pose.field / size)
     near = np.minimum(np.minimum(x + half - left, half - right - x), np.minimum(y + half - top, half - bottom - y))
-    # A side that is not cut stays open where the skew would nip its corner.
-    return np.clip(near / np.float32(width) + 0.5 + 99 * (near < -9), 0, 1)
+    return np.clip(near * np.float32(1 / width) + np.float32(0.5), 0, 1)
 
 
 def film(index, size, seed=0, masks=False):
@@ -377,7 +405,8 @@ def sentence(one):
     if "cardiomegaly" in one.findings:
         said.append("Cardiomegaly.")
     if site := one.findings.get("fracture"):
-        said.append(f"Fracture of the {anatomy.SIDES[site['side']]} {ORDINALS[site['rib'] - 1]} rib.")
+        ribs, many = " and ".join(ORDINALS[k - 1] for k in site["ribs"]), "s" * (len(site["ribs"]) > 1)
+        said.append(f"Fracture{many} of the {anatomy.SIDES[site['side']]} {ribs} rib{many}.")
     if not said:
         said.append("Clear lungs, normal heart size, no acute abnormality.")
     if site := one.devices.get("tube"):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raddino_jax.models.attention import attention
+from raddino_jax.models.attention import attention, weights
 from raddino_jax.models.heads import uniform
 
 Array = jax.Array
@@ -44,6 +44,7 @@ class ViT(nn.Module):
     layerscale: initial LayerScale, 0 leaves the layer out.
     antialias, offset: how position embeddings are resized (`resize_weights`): False, 0.1 for hub
       models and RAD-DINO; True, 0.0 for register models; False, 0.0 for Hugging Face's Dinov2Model.
+    mask_token: False for encoders that were never trained with masks and have none.
     remat: a key of REMAT. attention: a backend of `attention`.
     """
 
@@ -57,6 +58,7 @@ class ViT(nn.Module):
     layerscale: float = 1e-5
     antialias: bool = False
     offset: float = 0.1
+    mask_token: bool = True
     remat: str = "none"
     attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
@@ -102,7 +104,8 @@ class ViT(nn.Module):
         x = PatchEmbed(self.width, self.patch_size, self.dtype, name="patch_embed")(images)
         cls = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))
         pos = self.param("pos_embed", _normal, (1, 1 + stored**2, self.width))
-        mask_token = self.param("mask_token", nn.initializers.zeros, (1, self.width))
+        if self.mask_token:
+            mask_token = self.param("mask_token", nn.initializers.zeros, (1, self.width))
         if masks is not None:
             x = jnp.where(masks[..., None], mask_token.astype(x.dtype), x)
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
@@ -218,6 +221,17 @@ def split(tokens: Array, registers: int) -> dict[str, Array]:
     """[n, T, D] -> {"cls" [n, D], "registers" [n, R, D], "patches" [n, N, D]}."""
     first = 1 + registers
     return {"cls": tokens[:, 0], "registers": tokens[:, 1:first], "patches": tokens[:, first:]}
+
+
+def attention_maps(model: ViT, params: dict, images: Array) -> Array:
+    """Attention probabilities [n, H, T, T] of the last block."""
+    out = model.apply({"params": params}, images)
+    last = model.depth - 1
+    before, block = out[f"blocks_{last - 1}" if last else "embedded"], params[f"blocks_{last}"]
+    x = norm(model.dtype, "norm1").apply({"params": block["norm1"]}, before)
+    qkv = nn.Dense(3 * model.width, dtype=model.dtype).apply({"params": block["attn"]["qkv"]}, x)
+    q, k, _ = einops.rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=model.heads)
+    return weights(q, k)
 
 
 def residual(x: Array, branch, subset: Array | None) -> Array:
