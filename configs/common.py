@@ -20,10 +20,10 @@ def apply(config: ConfigDict, arguments: str, presets: dict) -> ConfigDict:
     """
     for argument in _split(arguments):
         name, equals, value = argument.partition("=")
-        if equals:
+        if argument in presets:
+            presets[argument](config)
+        elif equals:
             config.update_from_flattened_dict({_known(config, name): _literal(value)})
-        elif name in presets:
-            presets[name](config)
         else:
             raise ValueError(f"unknown preset {name!r}; presets: {', '.join(presets)}; fields are set as field=value")
     return config

@@ -101,6 +101,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         image_size=518,  # [H] side of the square window handed to the device
         window="random",  # random or centre window of the film's short side
         mean=common.RAD_DINO_MEAN, std=common.RAD_DINO_STD,  # [H]
+        fraction=1.0,  # share of every source's films, for the ablation of dataset size
         synthetic_size=4000,  # films of the source "synthetic"
         threads=8, prefetch=8,  # batches in the making and batches ahead, per host
         cache_gib=0.0,  # decoded films kept in host memory
@@ -117,4 +118,14 @@ def vits14_224(config: ConfigDict) -> None:
     config.data.update(image_size=224)
 
 
-PRESETS = {"vits14_224": vits14_224}
+def without_mim(config: ConfigDict) -> None:
+    """No masked image modelling: the student sees whole crops too, else it would still be masked [P] ablation."""
+    config.loss.ibot, config.masks.probability = 0.0, 0.0
+
+
+def dinov2_views(config: ConfigDict) -> None:
+    """The views of the original DINOv2 as far as they act on grey films; see `augment.DINOV2`."""
+    config.views.update(crop_scale_mode="area", global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), blur_global2=0.9)
+
+
+PRESETS = {"vits14_224": vits14_224, "mim=off": without_mim, "dinov2_views": dinov2_views}

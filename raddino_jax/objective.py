@@ -67,6 +67,11 @@ class Objective:
         ibot = self.ibot_head or self.dino_head
         return {"dino": jnp.zeros(self.dino_head.prototypes), "ibot": jnp.zeros(ibot.prototypes)}
 
+    @property
+    def mim(self) -> bool:
+        """Whether there is a masked-image term."""
+        return self.ibot_weight > 0 and self.masked_budget > 0
+
     def patch_head(self, params: dict) -> tuple[DINOHead, dict]:
         """The head of the patches and its parameters."""
         if self.ibot_head is None:
@@ -93,22 +98,23 @@ class Objective:
         """Targets from unmasked global crops: unit vectors and biases of class tokens and masked patches."""
         images, out = self._global(teacher, views["global"])
         head, head_params = self.patch_head(teacher)
-        cls = self.dino_head.apply({"params": teacher["dino_head"]}, out["cls"]).reshape(images, 2, -1)
-        patches = head.apply({"params": head_params}, self._gather(out["patches"], index))
-        valid = (weight > 0).astype(jnp.float32)
-        taught = {"weight": weight, "temperature": temperature, "features": out}
-        for name, rows, ok, params in [
-            ("dino", cls.reshape(len(weight), -1, cls.shape[-1]), None, teacher["dino_head"]),
-            ("ibot", patches, valid, head_params),
-        ]:
-            ok = jnp.ones(rows.shape[:2]) if ok is None else ok
-            weights = prototypes(params)
-            bias, centres = self._centre(name, rows, ok, weights, centres, temperature)
-            taught[name] = {"prototypes": weights, "bias": bias, "temperature": temperature}
-        taught["dino"]["rows"], taught["ibot"]["rows"] = cls, patches
+        cls = self.dino_head.apply({"params": teacher["dino_head"]}, out["cls"])
+        cls = cls.reshape(len(weight), -1, cls.shape[-1])
+        dino, centres = self._centre("dino", cls, jnp.ones(cls.shape[:2]), teacher["dino_head"], centres, temperature)
+        taught = {"dino": dino | {"rows": cls.reshape(images, 2, -1)}, "weight": weight, "features": out}
+        if self.mim:
+            patches = head.apply({"params": head_params}, self._gather(out["patches"], index))
+            valid = (weight > 0).astype(jnp.float32)
+            taught["ibot"], centres = self._centre("ibot", patches, valid, head_params, centres, temperature)
         return taught, centres
 
-    def _centre(self, name, rows, valid, weights, centres, temperature):
+    def _centre(self, name, rows, valid, head_params, centres, temperature):
+        """Targets of one kind from unit vectors [G, n, b] and what the centring makes of them."""
+        weights = prototypes(head_params)
+        bias, centres = self._bias(name, rows, valid, weights, centres, temperature)
+        return {"rows": rows, "prototypes": weights, "bias": bias, "temperature": temperature}, centres
+
+    def _bias(self, name, rows, valid, weights, centres, temperature):
         if self.centring == "sinkhorn":
             rows, valid = self._shard(rows.reshape(-1, rows.shape[-1])), self._shard(valid.reshape(-1))
             iterations, budget = self.sinkhorn_iterations, self.logits_budget
@@ -150,14 +156,18 @@ class Objective:
         globals_, swapped = project(crops["features"]), rows[:, ::-1]  # each crop learns from the other
         terms = {"dino_global": dino_term(_items(globals_), _items(swapped), jnp.repeat(per_pair, 2))}
         terms["dino_local"] = 0.0 if local is None else dino_term(project(local), rows, per_pair)
+        terms["ibot"] = self._ibot(student, taught, crops["patches"], images) if self.mim else 0.0
+        terms["koleo"] = self._koleo(crops["features"])
+        return terms
+
+    def _ibot(self, student, taught, masked, images):
+        """Cross-entropy on masked patches; masked: the student's tokens [G, U, D]."""
         head, head_params = self.patch_head(student)
-        patches = head.apply({"params": head_params}, crops["patches"])
+        patches = head.apply({"params": head_params}, masked)
         # Divided by all 2 B global crops although only some are masked: the reference's scale.
         weight = taught["weight"].reshape(-1) * (self.ibot_weight / (2 * images))
         ibot = taught["ibot"] | {"rows": _items(taught["ibot"]["rows"]), "weight": weight}
-        terms["ibot"] = self._cross_entropy(_items(patches), prototypes(head_params), ibot)
-        terms["koleo"] = self._koleo(crops["features"])
-        return terms
+        return self._cross_entropy(_items(patches), prototypes(head_params), ibot)
 
     def diagnose(self, student, taught, crops) -> dict[str, Array]:
         """Signs of collapse, on one global crop per film and a few patches of each; no gradient."""

@@ -6,6 +6,7 @@ Reference: arXiv 2401.10815, section 3.1 and E.1; the order of one iteration is 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from raddino_jax import augment, checkpoints, diagnostics, flops, logs, loop, masking, optim, sharding
+from raddino_jax import augment, checkpoints, logs, loop, masking, optim, sharding, watch
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
@@ -155,6 +156,7 @@ def _rules(config, devices: int, hosts: int):
     yield any(not isinstance(s, str) for s in data.sources), (
         "data.sources must be names in quotes: --config.data.sources=\"('synthetic',)\""
     )
+    yield not 0 < data.fraction <= 1, f"data.fraction={data.fraction} must be in (0, 1]"
     yield data.window not in ("random", "centre"), f"data.window={data.window!r} must be 'random' or 'centre'"
     yield config.steps < 1, f"steps={config.steps} must be at least 1"
     yield config.keep_best and not config.eval_every, "keep_best needs online evaluation: set eval_every"
@@ -209,7 +211,7 @@ def _duration_rules(config):
 
 @flax.struct.dataclass
 class TrainState:
-    """step: finished updates. student, teacher: {"backbone", "dino_head"[, "ibot_head"]}. centres: softmax centring's."""
+    """step: finished updates. student, teacher: {"backbone", "dino_head"[, "ibot_head"]}. centres: {} with Sinkhorn."""
 
     step: Array
     student: dict
@@ -254,20 +256,22 @@ def step_of(config, steps: int, examples: int, mesh) -> Step:
     )
 
 
+def fresh_state(constants: Step, key: Array, student: dict | None = None) -> TrainState:
+    """Step 0: student = teacher, fresh from the key or the given parameters."""
+    student = constants.objective.init(key) if student is None else student
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        student=student,
+        teacher=jax.tree.map(jnp.copy, student),
+        opt=constants.optimizer.init(student),
+        centres=constants.objective.init_centres(),
+    )
+
+
 def init_state(constants: Step, mesh, student: dict | None = None) -> TrainState:
-    """Step 0: student = teacher, fresh or the given parameters, every array born in its place."""
-
-    def init(key, given):
-        student = constants.objective.init(key) if given is None else given
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            student=student,
-            teacher=jax.tree.map(jnp.copy, student),
-            opt=constants.optimizer.init(student),
-            centres=constants.objective.init_centres(),
-        )
-
-    return sharding.born_sharded(init, mesh, jax.random.key(constants.seed), student)
+    """`fresh_state`, every array born in its place."""
+    make = partial(fresh_state, constants)
+    return sharding.born_sharded(make, mesh, jax.random.key(constants.seed), student)
 
 
 def train_step(state: TrainState, batch: dict, constants: Step) -> tuple[TrainState, dict]:
@@ -316,10 +320,7 @@ def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
 
 # --- the run --------------------------------------------------------------------------------------------
 
-Observe = Callable[[int, np.ndarray, Any], dict[str, float]]
-
-
-def run(config, workdir: Path, observe: Observe | None = None) -> None:
+def run(config, workdir: Path, observe: watch.Observe | None = None) -> None:
     """Train to the end, resuming from the newest checkpoint.
 
     observe(step, class features of the teacher [n, D], labels) -> scores is called every `config.eval_every` steps
@@ -351,19 +352,19 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe) -> N
         logs.say(f"resumed from step {start}")
     elif saved.latest() is None:
         saved.save(0, {"teacher": state.teacher})
-    journal = Journal(config, workdir, constants, mesh, steps, start)
-    watch = Watch(config, constants.objective, observe, mesh, journal.rows)
+    journal = watch.Journal(config, workdir, constants, mesh, steps, start)
+    online = watch.Online(config, constants.objective, observe, mesh, journal.rows)
     stop = loop.Terminated()
     _, last = loop.run(
         state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh),
-        start=start, steps=steps, report=journal.report, evaluate=watch.evaluate, meter=journal.meter,
-        should_save=lambda step: step % config.checkpoint_every == 0 or watch.best_step == step,
-        save=lambda step, state: saved.save(step, state.items(), watch.metrics_of(step)),
-        stop=lambda: bool(stop) or watch.exhausted,
+        start=start, steps=steps, report=journal.report, evaluate=online.evaluate, meter=journal.meter,
+        should_save=lambda step: step % config.checkpoint_every == 0 or online.best_step == step,
+        save=lambda step, state: saved.save(step, state.items(), online.metrics_of(step)),
+        stop=lambda: bool(stop) or online.exhausted,
     )
     journal.close()
-    if watch.exhausted:
-        logs.say(f"ended at step {last}: {config.keep_best} has not improved since step {watch.best_step}")
+    if online.exhausted:
+        logs.say(f"ended at step {last}: {config.keep_best} has not improved since step {online.best_step}")
     elif last < steps:
         logs.say(f"asked to end: step {last} is saved; the same command continues")
 
@@ -393,96 +394,6 @@ def _feed(config, sources, steps, start, mesh):
     )
     for batch in batches:
         yield sharding.to_devices({k: batch[k] for k in ("images", "masks")}, mesh)
-
-
-class Journal:
-    """Reports steps: metrics.jsonl, the progress line, the warning when the diagnostics say collapse."""
-
-    def __init__(self, config, workdir, constants, mesh, steps, start):
-        views, chip = constants.views, flops.chip(mesh.devices.flat[0])
-        per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
-        self.meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
-        self.metrics = logs.Metrics(workdir, start)
-        self.rows = logs.read_metrics(workdir)
-        self.schedules, self.steps, self.every = constants.schedules, steps, config.log_every
-        self.prototypes = constants.objective.dino_head.prototypes
-        self.close = self.metrics.close
-
-    def report(self, step: int, values: dict) -> None:
-        """Log a step that is due. Raises FloatingPointError when its loss is no number."""
-        values = {k: float(v) for k, v in values.items()}
-        if not np.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}; the newest checkpoint holds the last good state. Lower "
-                "optim.base_lr, or set compute_dtype=float32 to see whether precision is the cause"
-            )
-        if step % self.every == 0 or step in (1, self.steps) or any(k.startswith("probe_") for k in values):
-            schedule = {k: float(v) for k, v in self.schedules.at(step - 1).items()}
-            self._log(step, {"step": step} | values | schedule | self.meter.rates())
-
-    def _log(self, step: int, row: dict) -> None:
-        self.rows.append(row)
-        row["collapse"] = diagnostics.verdict(self.rows, self.prototypes)
-        self.metrics.write(step, row)
-        logs.say(logs.progress(step, self.steps, row))
-        if row["collapse"] and not self.rows[-2].get("collapse"):
-            logs.say(row["collapse"])
-
-
-class Watch:
-    """The online evaluation: scores of the teacher, the best step by `config.keep_best`, patience."""
-
-    def __init__(self, config, objective, observe, mesh, rows):
-        """rows: lines of metrics.jsonl so far, from which a resumed run knows its best."""
-        self.config, self.observe = config, observe
-        found = None
-        if observe is not None and config.eval_every:
-            found = pipeline.labelled_films(config.data, config.eval)
-            if found is None:
-                logs.say("online evaluation: none, the sources have no labels (config.eval.csv names a table)")
-        self.labelled = found
-        self.encode = jax.jit(lambda teacher, films: objective.backbone.apply(
-            {"params": teacher["backbone"]}, standardized(films, config)
-        )["cls"])
-        self.best, self.best_step, self.since, self.scores = -np.inf, None, 0, {}
-        for row in rows:
-            self._note(row["step"], row)
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether `config.stop_after` evaluations brought no gain."""
-        return bool(self.config.stop_after) and self.since >= self.config.stop_after
-
-    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """Scores of this step where one is due, else nothing."""
-        if self.labelled is None or step % self.config.eval_every:
-            return {}
-        films, labels, _ = self.labelled
-        chunks = (np.stack(films[i : i + 64]) for i in range(0, len(films), 64))
-        features = np.concatenate([np.asarray(self.encode(state.teacher, chunk)) for chunk in chunks])
-        self.scores = self.observe(step, features, labels)
-        self._note(step, self.scores)
-        logs.say("  ".join([f"step {step}"] + [f"{name} {value:.3f}" for name, value in self.scores.items()]))
-        return self.scores
-
-    def _note(self, step: int, scores: dict) -> None:
-        value = scores.get(self.config.keep_best)
-        if value is None:
-            return
-        self.since += 1
-        if value > self.best:
-            self.best, self.best_step, self.since = value, step, 0
-
-    def metrics_of(self, step: int) -> dict | None:
-        """What a checkpoint of this step is judged by."""
-        return dict(self.scores) if self.scores and step == self.best_step else None
-
-
-def standardized(films: Array, config) -> Array:
-    """uint8 [n, H, W] -> normalised float32 [n, H, W, 1], as a view is but without augmentation."""
-    x = (films.astype(jnp.float32) / 255 - config.data.mean) / config.data.std
-    x = jax.vmap(augment.standardize)(x) if config.views.standardize else x
-    return x[..., None]
 
 
 def _show_finished(workdir: Path, step: int) -> None:

@@ -18,7 +18,8 @@ EVALS = {"encoders", "models", "augment", "losses", "data", *PLUMBING}
 # A room is a module or a folder; the longest name that fits a module is its room. Every room may
 # also import itself, so modules of one folder may import each other.
 MAY_IMPORT = {
-    "train": {"objective", "diagnostics", "augment", "masking", "models", "encoders", "conversion", "data", *PLUMBING},
+    "train": {"objective", "augment", "masking", "models", "encoders", "conversion", "data", "watch", *PLUMBING},
+    "watch": {"diagnostics", "augment", "data", *PLUMBING},
     "bench": {"train", "encoders", "data", *PLUMBING},
     "plan": {"train", "encoders", "data", *PLUMBING},
     "embed": {"encoders", "evals.features", "data"},

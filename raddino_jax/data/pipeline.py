@@ -77,6 +77,20 @@ class Synthetic:
         return labels.Labels(synthetic.FINDINGS, values, patients, np.arange(len(rows)))
 
 
+class Fraction:
+    """A share of a source's films, always the same ones, and of a smaller share only such as are in the larger."""
+
+    def __init__(self, source, share: float):
+        self.source, self.kind = source, source.kind
+        self.films = np.random.default_rng(0).permutation(len(source))[: max(round(share * len(source)), 1)]
+
+    def __len__(self) -> int:
+        return len(self.films)
+
+    def film(self, index: int) -> np.ndarray:
+        return self.source.film(int(self.films[index]))
+
+
 class Cached:
     """Films of a source kept in host memory, up to a budget in bytes."""
 
@@ -102,6 +116,8 @@ class Cached:
 def open_sources(data) -> list:
     """The sources named in `config.data`, in order. Raises DataError for one that is not there."""
     sources = [_open(name, data) for name in data.sources]
+    if data.fraction < 1:
+        sources = [Fraction(source, data.fraction) for source in sources]
     return [Cached(s, data.cache_gib * 2**30 / len(sources)) for s in sources] if data.cache_gib else sources
 
 

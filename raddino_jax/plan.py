@@ -1,0 +1,180 @@
+"""Does a config fit, and what would it cost? Compiles the real training step ahead of time and reads the compiler.
+
+    python -m raddino_jax.plan --config=configs/multicxr.py --topology=v5e:4x8 [--sweep]
+
+With --topology no such hardware is needed (extra `tpu`); without it the devices at hand are used. A table goes to
+stdout and, as its last line, one JSON object; progress goes to stderr.
+"""
+
+import itertools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("PJRT_NPROC", "32")
+# libtpu is only asked for a description of chips that are not there: no metadata server, no lock.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from raddino_jax import flops, logs, sharding, train
+from raddino_jax import params as trees
+
+GIB = 2**30
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "s64": 8, "u64": 8}
+
+# Which knob helps most when a step does not fit, first what costs least.
+KNOBS = [
+    (lambda c: c.model.remat == "none", "model.remat=dots"),
+    (lambda c: c.model.remat == "dots", "model.remat=full"),
+    (lambda c: c.loss.logits_budget > 2**24, "loss.logits_budget=2**24"),
+    (lambda c: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
+    (lambda c: True, "accumulate over more micro-batches, or more chips"),
+]
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/multicxr.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU topology such as v5e:4x8; empty: the devices at hand.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Compile remat policies x logit budgets and print the frontier.")
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """The devices of a named topology, which need not exist, or those at hand."""
+    if not topology:
+        return jax.devices()
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def lower(config, devices) -> tuple[jax.stages.Lowered, train.Step]:
+    """The training step of a config lowered for devices, from shapes alone."""
+    train.check(config, len(devices))
+    mesh = sharding.make_mesh(devices, config.mesh.fsdp)
+    constants = train.step_of(config, config.steps, 10**6, mesh)
+    state = jax.eval_shape(lambda: train.fresh_state(constants, jax.random.key(0)))
+    state = jax.tree.map(_placed, state, sharding.shardings(state, mesh))
+    size, patches = config.data.image_size, (config.views.global_size // config.model.patch_size) ** 2
+    places = sharding.batch_sharding(mesh)
+    batch = {
+        "images": jax.ShapeDtypeStruct((config.batch_size, size, size), np.uint8, sharding=places),
+        "masks": jax.ShapeDtypeStruct((config.batch_size, 2, -(-patches // 8)), np.uint8, sharding=places),
+    }
+    with jax.set_mesh(mesh):
+        return train.jit_step(constants, state, mesh).lower(state, batch), constants
+
+
+def _placed(leaf, place):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def plan(config, topology: str) -> tuple[dict, str]:
+    """(the row of a config on a topology, the compiled program's text)."""
+    devices = devices_of(topology)
+    began = time.perf_counter()
+    lowered, constants = lower(config, devices)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    text = compiled.as_text()
+    return _row(config, topology, devices, constants, compiled.memory_analysis(), text, seconds), text
+
+
+def _row(config, topology, devices, constants, memory, text, seconds) -> dict:
+    chip, views = flops.chip(devices[0]), constants.views
+    per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
+    work = per_image * config.batch_size
+    ideal = None if chip is None else work / (chip.peak * 1e12 * len(devices))
+    peak = memory.peak_memory_in_bytes / GIB
+    fits = None if chip is None else bool(peak <= chip.memory)
+    student = jax.eval_shape(constants.objective.init, jax.random.key(0))
+    return dict(
+        topology=topology or f"local {devices[0].device_kind} x {len(devices)}", chips=len(devices),
+        batch_size=config.batch_size, images_per_chip=config.batch_size / len(devices),
+        image_size=views.global_size, prototypes=config.head.prototypes, parameters=trees.count(student),
+        remat=config.model.remat, logits_budget=config.loss.logits_budget, fsdp=config.mesh.fsdp,
+        flops_per_step=work, ideal_step_seconds=ideal, half_peak_step_seconds=ideal and 2 * ideal,
+        peak_hbm_gib=peak, chip_hbm_gib=chip and chip.memory,
+        argument_gib=memory.argument_size_in_bytes / GIB, temporary_gib=memory.temp_size_in_bytes / GIB,
+        output_gib=memory.output_size_in_bytes / GIB, collectives=collectives(text), compile_seconds=seconds,
+        fits=fits, verdict=_verdict(config, peak, chip),
+    )
+
+
+def _verdict(config, peak: float, chip) -> str:
+    if chip is None:
+        return f"needs {peak:.1f} GiB; what this device has is not known"
+    if peak <= chip.memory:
+        return f"fits: {peak:.1f} of {chip.memory} GiB per chip"
+    knob = next(text for applies, text in KNOBS if applies(config))
+    return f"does not fit by {peak - chip.memory:.1f} GiB per chip; first try {knob}"
+
+
+def collectives(text: str) -> dict[str, dict]:
+    """{kind: {"count", "bytes"}} of a compiled program: bytes of results, per chip and execution.
+
+    One inside a loop is counted once.
+    """
+    found: dict[str, dict] = {}
+    for line in text.splitlines():
+        hit = re.search(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if hit:
+            row = found.setdefault(hit[2], {"count": 0, "bytes": 0})
+            row["count"] += 1
+            row["bytes"] += sum(map(_size, re.findall(r"(\w+)\[([\d,]*)\]", hit[1])))
+    return found
+
+
+def _size(shape: tuple[str, str]) -> int:
+    kind, dims = shape
+    return BYTES.get(kind, 4) * int(np.prod([int(d) for d in dims.split(",") if d]))
+
+
+def sweep(config) -> Iterator:
+    """Copies of a config over remat policies and logit budgets."""
+    for remat, budget in itertools.product(("full", "dots", "none"), (2**24, 2**26, 2**28)):
+        changed = config.copy_and_resolve_references()
+        changed.model.remat, changed.loss.logits_budget = remat, budget
+        yield changed
+
+
+def show(row: dict, write: Callable[[str], None] = print) -> None:
+    """The row as a table a person reads."""
+    for name, value in row.items():
+        shown = f"{value:,.3f}" if isinstance(value, float) and value < 1e6 else f"{value}"
+        if name == "flops_per_step":
+            shown = f"{value / 1e12:,.1f} TFLOP"
+        if name == "collectives":
+            shown = ", ".join(f"{v['count']} {k} ({v['bytes'] / 2**20:,.1f} MiB)" for k, v in value.items()) or "none"
+        write(f"{name:24s} {shown}")
+
+
+def main(_) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    configs = list(sweep(_CONFIG.value)) if _SWEEP.value else [_CONFIG.value]
+    rows = []
+    for number, config in enumerate(configs, start=1):
+        logs.say(f"compiling {number} of {len(configs)} for {_TOPOLOGY.value or 'the devices at hand'} ...")
+        rows.append(plan(config, _TOPOLOGY.value)[0])
+        show(rows[-1])
+        print()
+    print(json.dumps(rows[0] if len(rows) == 1 else {"sweep": rows}))
+
+
+def cli() -> None:
+    """Console entry: a config that cannot run is one message and exit code 2."""
+    try:
+        app.run(main)
+    except train.ConfigError as error:
+        logs.say(f"raddino_jax: {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,104 @@
+"""What a run tells of itself while it runs: log lines with a verdict on collapse, and the online evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raddino_jax import augment, diagnostics, flops, logs
+from raddino_jax.data import pipeline
+
+Array = jax.Array
+Observe = Callable[[int, np.ndarray, Any], dict[str, float]]  # (step, class features [n, D], labels) -> scores
+
+
+class Journal:
+    """Reports steps: metrics.jsonl, the progress line, the warning when the diagnostics say collapse."""
+
+    def __init__(self, config, workdir, constants, mesh, steps, start):
+        views, chip = constants.views, flops.chip(mesh.devices.flat[0])
+        per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
+        self.meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
+        self.metrics = logs.Metrics(workdir, start)
+        self.rows = logs.read_metrics(workdir)
+        self.schedules, self.steps, self.every = constants.schedules, steps, config.log_every
+        self.prototypes = constants.objective.dino_head.prototypes
+        self.close = self.metrics.close
+
+    def report(self, step: int, values: dict) -> None:
+        """Log a step that is due. Raises FloatingPointError when its loss is no number."""
+        values = {k: float(v) for k, v in values.items()}
+        if not np.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {step}; the newest checkpoint holds the last good state. Lower "
+                "optim.base_lr, or set compute_dtype=float32 to see whether precision is the cause"
+            )
+        if step % self.every == 0 or step in (1, self.steps) or any(k.startswith("probe_") for k in values):
+            schedule = {k: float(v) for k, v in self.schedules.at(step - 1).items()}
+            self._log(step, {"step": step} | values | schedule | self.meter.rates())
+
+    def _log(self, step: int, row: dict) -> None:
+        self.rows.append(row)
+        row["collapse"] = diagnostics.verdict(self.rows, self.prototypes)
+        self.metrics.write(step, row)
+        logs.say(logs.progress(step, self.steps, row))
+        if row["collapse"] and not self.rows[-2].get("collapse"):
+            logs.say(row["collapse"])
+
+
+class Online:
+    """The online evaluation: scores of the teacher, the best step by `config.keep_best`, patience."""
+
+    def __init__(self, config, objective, observe, mesh, rows):
+        """rows: lines of metrics.jsonl so far, from which a resumed run knows its best."""
+        self.config, self.observe = config, observe
+        found = None
+        if observe is not None and config.eval_every:
+            found = pipeline.labelled_films(config.data, config.eval)
+            if found is None:
+                logs.say("online evaluation: none, the sources have no labels (config.eval.csv names a table)")
+        self.labelled = found
+        self.encode = jax.jit(lambda teacher, films: objective.backbone.apply(
+            {"params": teacher["backbone"]}, standardized(films, config)
+        )["cls"])
+        self.best, self.best_step, self.since, self.scores = -np.inf, None, 0, {}
+        for row in rows:
+            self._note(row["step"], row)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `config.stop_after` evaluations brought no gain."""
+        return bool(self.config.stop_after) and self.since >= self.config.stop_after
+
+    def evaluate(self, step: int, state) -> dict[str, float]:
+        """Scores of this step where one is due, else nothing."""
+        if self.labelled is None or step % self.config.eval_every:
+            return {}
+        films, labels, _ = self.labelled
+        chunks = (np.stack(films[i : i + 64]) for i in range(0, len(films), 64))
+        features = np.concatenate([np.asarray(self.encode(state.teacher, chunk)) for chunk in chunks])
+        self.scores = self.observe(step, features, labels)
+        self._note(step, self.scores)
+        logs.say("  ".join([f"step {step}"] + [f"{name} {value:.3f}" for name, value in self.scores.items()]))
+        return self.scores
+
+    def _note(self, step: int, scores: dict) -> None:
+        value = scores.get(self.config.keep_best)
+        if value is None:
+            return
+        self.since += 1
+        if value > self.best:
+            self.best, self.best_step, self.since = value, step, 0
+
+    def metrics_of(self, step: int) -> dict | None:
+        """What a checkpoint of this step is judged by."""
+        return dict(self.scores) if self.scores and step == self.best_step else None
+
+
+def standardized(films: Array, config) -> Array:
+    """uint8 [n, H, W] -> normalised float32 [n, H, W, 1], as a view is but without augmentation."""
+    x = (films.astype(jnp.float32) / 255 - config.data.mean) / config.data.std
+    x = jax.vmap(augment.standardize)(x) if config.views.standardize else x
+    return x[..., None]
