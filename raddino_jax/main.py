@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from raddino_jax import logs, train
+from raddino_jax import encoders, logs, train
 from raddino_jax.data import labels, pipeline
 from raddino_jax.evals import figures, probe
 
@@ -88,7 +88,7 @@ def cli() -> None:
     """Console entry: errors a user can mend are one message and exit code 2, not a traceback."""
     try:
         app.run(main, flags_parser=_parse)
-    except (train.ConfigError, pipeline.DataError, labels.LabelError) as error:
+    except (train.ConfigError, pipeline.DataError, labels.LabelError, encoders.WeightsError) as error:
         sys.exit(_refuse(error))
     except FloatingPointError as error:
         logs.say(f"raddino_jax: {error}")

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from raddino_jax import augment, checkpoints, logs, loop, masking, optim, sharding, watch
+from raddino_jax import augment, checkpoints, encoders, logs, loop, masking, optim, sharding, watch
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
-from raddino_jax.models.vit import FFN, REMAT, VARIANTS, ViT
+from raddino_jax.models.vit import FFN, REMAT, VARIANTS, ViT, resize_pos_embed
 from raddino_jax.objective import Objective
 
 Array = jax.Array
@@ -274,6 +274,40 @@ def init_state(constants: Step, mesh, student: dict | None = None) -> TrainState
     return sharding.born_sharded(make, mesh, jax.random.key(constants.seed), student)
 
 
+def initial_student(config, constants: Step) -> dict | None:
+    """The student that `config.init` (backbone) and `config.init_head` (heads) name, None where all is fresh.
+
+    Position embeddings of another grid are resized; a module without weights starts fresh. Says what came from where.
+    Raises encoders.WeightsError where names or shapes do not fit.
+    """
+    wanted = {"backbone": config.init, "heads": config.init_head}
+    given = {part: encoders.load_modules(name) for part, name in wanted.items() if name not in ("", "random")}
+    if not given:
+        return None
+    student = jax.jit(constants.objective.init)(jax.random.key(constants.seed))
+    for part, (modules, lines) in given.items():
+        for line in lines:
+            logs.say(f"init: {line}")
+        names = ["backbone"] if part == "backbone" else [n for n in student if n != "backbone"]
+        for name in names:
+            if modules.get(name) is None:
+                raise encoders.WeightsError(f"{wanted[part]} holds no {name}")
+            tree = _on_grid(modules[name], constants.objective.backbone) if name == "backbone" else modules[name]
+            student[name] = trees.merge(student[name], tree, wanted[part], optional=("mask_token$",))
+    fresh = [name for name in student if name != "backbone" and "heads" not in given]
+    if fresh:
+        warmup = constants.schedules.head_warmup
+        logs.say(f"init: {', '.join(fresh)} start fresh; the backbone is frozen for the first {warmup} steps")
+    return student
+
+
+def _on_grid(tree: dict, backbone: ViT) -> dict:
+    """Position embeddings on the grid of `backbone`."""
+    side = backbone.image_size // backbone.patch_size
+    pos = resize_pos_embed(jnp.asarray(tree["pos_embed"]), (side, side), backbone.offset, backbone.antialias)
+    return tree | {"pos_embed": pos}
+
+
 def train_step(state: TrainState, batch: dict, constants: Step) -> tuple[TrainState, dict]:
     """One iteration: views, loss, clipped AdamW, then the teacher's moving average.
 
@@ -345,7 +379,8 @@ def run(config, workdir: Path, observe: watch.Observe | None = None) -> None:
 def _train(config, workdir, sources, steps, start, saved, devices, observe) -> None:
     mesh = sharding.make_mesh(devices, config.mesh.fsdp)
     constants = step_of(config, steps, sum(map(len, sources)), mesh)
-    state = init_state(constants, mesh)
+    student = None if start else initial_student(config, constants)
+    state = init_state(constants, mesh, student)
     _introduce(config, workdir, sources, steps, state, mesh)
     if start:
         state = state.with_items(saved.restore(start, state.items()))

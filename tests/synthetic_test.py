@@ -1,4 +1,4 @@
-"""The synthetic radiographs: one film per (seed, index), honest labels, nothing to learn from but the findings."""
+"""Synthetic radiographs: one film per (seed, index), honest labels, no clue but the finding."""
 
 import concurrent.futures
 import hashlib
@@ -19,9 +19,9 @@ SIZE = 112
 
 @pytest.fixture(scope="module")
 def table():
-    """Labels and cases of 3,000 films: cheap, nothing is drawn."""
-    cases = [synthetic.case(i) for i in range(3000)]
-    return cases, [synthetic.labels(i) for i in range(3000)]
+    """Cases and labels of 2,000 films: cheap, nothing is drawn."""
+    indices = range(2000)
+    return [synthetic.case(i) for i in indices], [synthetic.labels(i) for i in indices]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,9 @@ def test_a_film_is_the_same_in_another_thread_and_another_process():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert list(pool.map(digest, range(6))) == here
     code = "import synthetic_test as t; print(*(t.digest(i) for i in reversed(range(6))))"
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert there.stdout.split()[::-1] == here
 
 
@@ -68,17 +67,19 @@ def test_every_size_shows_the_same_film(index):
     assert np.corrcoef(large.ravel(), other.ravel())[0, 1] < 0.97
 
 
-@pytest.mark.parametrize("size", [112, 200, 224, 518])
+@pytest.mark.parametrize("size", [112, 201, 224, 518])
 def test_any_size(size):
     film = synthetic.film(5, size, masks=True)
     assert film.image.shape == (size, size) and film.image.dtype == np.uint8
-    assert all(mask.shape[-2:] == (size, size) and mask.dtype == bool for mask in film.masks.values())
+    for mask in film.masks.values():
+        assert mask.shape[-2:] == (size, size) and mask.dtype == bool
 
 
 def test_films_use_the_greys_that_real_films_use(drawn):
-    # Means of 255 frontal NIH films: percentiles 1, 25, 50, 75, 99 = 7, 84, 136, 178, 223.
+    # Means over 305 frontal NIH films of the percentiles 1, 25, 50, 75, 99 of the film.
+    real = 7, 84, 136, 178, 223
     grey = [np.percentile(film.image, (1, 25, 50, 75, 99)) for _, film in drawn]
-    assert np.all(np.abs(np.mean(grey, 0) - (7, 84, 136, 178, 223)) < (15, 30, 30, 30, 20))
+    assert np.all(np.abs(np.mean(grey, 0) - real) < (15, 30, 30, 30, 20))
     assert np.std(grey, 0)[2] > 10  # exposure varies from film to film
 
 
@@ -93,12 +94,17 @@ def test_a_source_is_a_random_access_collection():
         films[25]
 
 
+def test_labels_do_not_draw(monkeypatch):
+    monkeypatch.setattr(anatomy.Projection, "__init__", None)
+    assert set(synthetic.FINDINGS) < set(synthetic.labels(12345))
+
+
 def test_prevalence(table):
     _, labels = table
-    for name, wanted in zip(synthetic.FINDINGS, synthetic.PREVALENCE):
-        assert abs(column(labels, name).mean() - wanted) < 0.035, name
-    views = column(labels, "view")
-    assert [round(np.mean(views == v), 1) for v in synthetic.VIEWS] == [0.6, 0.3, 0.1] or len(set(views)) == 3
+    for name, wanted in zip(synthetic.FINDINGS, synthetic.PREVALENCE, strict=True):
+        assert abs(column(labels, name).mean() - wanted) < 0.04, name
+    shares = [np.mean(column(labels, "view") == view) for view in synthetic.VIEWS]
+    np.testing.assert_allclose(shares, synthetic.VIEW_SHARES, atol=0.04)
     assert 0.4 < np.mean(column(labels, "sex") == "F") < 0.54
 
 
@@ -107,67 +113,67 @@ def test_patients_have_one_to_four_films_and_stay_themselves(table):
     people = {}
     for row in labels:
         people.setdefault(row["patient_id"], []).append(row)
-    films = np.array([len(rows) for rows in people.values()])
-    assert set(films) == {1, 2, 3, 4}
+    assert {len(rows) for rows in people.values()} == {1, 2, 3, 4}
     for rows in people.values():
         assert len({(row["sex"], row["bmi"], row["weight"]) for row in rows}) == 1
         ages = [row["age"] for row in rows]
-        assert ages == sorted(ages) or ages[0] == min(ages)
-        assert ages[0] <= min(ages[1:], default=200)
+        assert ages == sorted(ages)
 
 
 def test_findings_last_but_not_always(table):
     _, labels = table
-    pairs = [(a, b) for a, b in zip(labels, labels[1:]) if a["patient_id"] == b["patient_id"]]
+    pairs = zip(labels[:-1], labels[1:], strict=True)
+    pairs = [(a, b) for a, b in pairs if a["patient_id"] == b["patient_id"]]
     for name in synthetic.FINDINGS:
         before, after = (np.array([pair[k][name] for pair in pairs]) for k in (0, 1))
         assert 0.25 < np.corrcoef(before, after)[0, 1] < 0.75, name
 
 
-def test_findings_are_independent_of_each_other_and_of_how_the_film_was_taken(table):
+def circumstances(case):
+    """Numbers that say how a film was taken, and of whom."""
+    t, p, person = case.technique, case.pose, case.patient
+    return [
+        *(t.level, t.contrast, t.gamma, t.black, t.white, t.noise, t.blur, t.equalise, sum(t.cut)),
+        *(t.letter == "R", t.outside, p.view == "LATERAL", p.field, p.rotation, *p.shift, p.yaw),
+        *(p.inspiration, p.stomach, p.nipples, person.sex == "F", person.age, person.bmi),
+        *(d in case.devices for d in synthetic.DEVICES),
+        p.view == "AP",
+    ]
+
+
+def test_findings_depend_neither_on_each_other_nor_on_how_the_film_was_taken(table):
     cases, labels = table
-    found = np.stack([column(labels, name) for name in synthetic.FINDINGS], 1)
-    technique = np.array([
-        [c.technique.level, c.technique.contrast, c.technique.gamma, c.technique.noise, c.technique.blur,
-         c.technique.equalise, sum(c.technique.cut), c.technique.letter == "R", c.technique.outside,
-         c.pose.view == "AP", c.pose.view == "LATERAL", c.pose.field, c.pose.rotation, *c.pose.shift, c.pose.yaw,
-         c.pose.inspiration, c.pose.stomach, c.pose.electrodes, c.pose.nipples,
-         c.patient.sex == "F", c.patient.age, c.patient.bmi, *(d in c.devices for d in synthetic.DEVICES)]
-        for c in cases
-    ], float)  # fmt: skip
     # Films of one patient are not independent draws: one film each.
     first = np.unique(column(labels, "patient_id"), return_index=True)[1]
-    bound = 4.5 / np.sqrt(len(first))
-    both = np.corrcoef(np.concatenate([found[first], technique[first]], 1).T)
-    across = both[: found.shape[1], found.shape[1] :]
-    assert np.abs(across).max() < bound
-    assert np.abs(both[:6, :6] - np.eye(6)).max() < bound
-    # The bound can be broken: age and bone density, or view and tubes, are dependent by design.
-    assert abs(np.corrcoef(technique[first, 9], technique[first, -3])[0, 1]) > bound
+    found = np.stack([column(labels, name) for name in synthetic.FINDINGS], 1)[first]
+    taken = np.array([circumstances(cases[i]) for i in first], float)
+    both = np.corrcoef(np.concatenate([found, taken], 1).T)
+    n, bound = found.shape[1], 4.5 / np.sqrt(len(first))
+    assert np.abs(both[:n, n:]).max() < bound
+    assert np.abs(both[:n, :n] - np.eye(n)).max() < bound
+    # The bound is one that dependence breaks: tubes belong to the AP film.
+    tube = n + taken.shape[1] - 1 - len(synthetic.DEVICES)
+    assert both[tube, -1] > bound
 
 
 def test_masks_of_the_anatomy(drawn):
     for case, film in drawn:
-        masks = film.masks
+        lungs, zones, ribs = (film.masks[name] for name in ("lungs", "zones", "ribs"))
         if case.pose.view == "LATERAL":
-            assert masks["lungs"].any((1, 2)).all() and not masks["ribs"].any() and not masks["zones"].any()
+            assert lungs.any((1, 2)).all() and not ribs.any() and not zones.any()
             continue
-        right, left = masks["lungs"]
+        right, left = lungs
         assert np.nonzero(right)[1].mean() + 20 < np.nonzero(left)[1].mean()
-        assert 0.08 < right.mean() < 0.4 and 0.06 < left.mean() < 0.4
+        assert 0.05 < right.mean() < 0.35 and 0.03 < left.mean() < 0.35
         assert not (right & left).any()
-        assert masks["zones"].shape[0] == len(anatomy.ZONES) == 6
-        np.testing.assert_array_equal(masks["zones"][:3].sum(0), right)
-        np.testing.assert_array_equal(masks["zones"][3:].sum(0), left)
-        rows = [np.nonzero(zone)[0].mean() for zone in masks["zones"]]
-        assert rows[0] < rows[1] < rows[2] and rows[3] < rows[4] < rows[5]
-        ribs = masks["ribs"]
-        assert ribs.shape[0] == len(anatomy.RIBS) == 20
+        np.testing.assert_array_equal(zones.reshape(2, 3, SIZE, SIZE).sum(1), lungs)
+        rows = np.reshape([np.nonzero(zone)[0].mean() for zone in zones], (2, 3))
+        assert np.all(np.diff(rows) > 0)
+        assert len(ribs) == len(anatomy.RIBS) == 20
         areas = ribs.mean((1, 2))
         assert areas.min() > 0.001 and areas.max() < 0.08
-        for side in (ribs[:10], ribs[10:]):
-            heights = [np.nonzero(rib)[0].min() for rib in side]
-            assert heights == sorted(heights)
+        tops = np.reshape([np.nonzero(rib)[0].min() for rib in ribs], (2, 10))
+        assert np.all(np.diff(tops) >= 0)
         # Bone is brighter than what lies between the ribs of the same lung.
         bone = ribs.any(0)
         assert film.image[right & bone].mean() > film.image[right & ~bone].mean()
@@ -182,45 +188,46 @@ def test_findings_have_a_mask_where_and_only_where_they_are(drawn):
     assert min(seen.values()) >= 4
 
 
-def test_a_finding_changes_the_film_inside_its_mask_most(drawn):
-    for name in synthetic.FINDINGS:
-        case = next(c for c, _ in drawn if name in c.findings and c.pose.view != "LATERAL")
-        args = case.patient.body, case.pose
-        without = {k: v for k, v in case.findings.items() if k != name}
-        scene = anatomy.Frontal(*args, case.findings, {}, SIZE)
-        change = np.abs(scene.render() - anatomy.Frontal(*args, without, {}, SIZE).render())
-        mask = getattr(scene, f"{name}_mask")()
-        assert change[mask].mean() > 0.03, name
-        assert change[mask].mean() > 4 * change[~mask].mean(), name
+@pytest.mark.parametrize("lateral", [False, True])
+@pytest.mark.parametrize("name", synthetic.FINDINGS)
+def test_a_finding_changes_the_film_inside_its_mask_most(name, lateral):
+    view = anatomy.Lateral if lateral else anatomy.Frontal
+    cases = (synthetic.case(i, seed=1) for i in range(1000))
+    case = next(c for c in cases if name in c.findings and (c.pose.view == "LATERAL") == lateral)
+    scene = view(case.patient.body, case.pose, case.findings, {}, SIZE)
+    others = {k: site for k, site in case.findings.items() if k != name}
+    plain = view(case.patient.body, case.pose, others, {}, SIZE)
+    change = np.abs(scene.render() - plain.render())
+    mask = getattr(scene, f"{name}_mask")()
+    assert change[mask].mean() > 0.01
+    assert change[mask].mean() > 4 * change[~mask].mean()
 
 
 def test_the_sentence_names_the_findings_and_devices_and_no_others(table):
     cases, labels = table
-    for case, row in zip(cases[:400], labels):
+    for case, row in zip(cases[:400], labels[:400], strict=True):
         said = synthetic.sentence(case).lower()
         for name in (*synthetic.FINDINGS, *synthetic.DEVICES):
-            assert (f"{name}" in said.replace("central venous line", "line")) == bool(row[name]), (name, said)
+            assert (name in said) == bool(row[name]), (name, said)
         assert ("clear lungs" in said) == (not case.findings)
-        for name in ("pneumothorax", "fracture"):
-            if name in case.findings:
-                part = next(p for p in said.split(".") if name in p)
-                assert anatomy.SIDES[case.findings[name]["side"]] in part
+        for name in {"pneumothorax", "fracture", "opacity"} & set(case.findings):
+            part = next(part for part in said.split(".") if name in part)
+            assert anatomy.SIDES[case.findings[name]["side"]] in part
 
 
 def test_the_sentence_says_the_zone_where_the_mask_lies(drawn):
     checked = 0
     for case, film in drawn:
-        site = case.findings.get("opacity")
-        if site and case.pose.view != "LATERAL":
-            k = int(np.argmax((film.masks["zones"] & film.masks["opacity"]).sum((1, 2))))
-            centre = anatomy.ZONES.index(synthetic._where(site).removesuffix(" zone"))
-            assert abs(k - centre) <= 1 and k // 3 == centre // 3
+        if "opacity" in case.findings and case.pose.view != "LATERAL":
+            largest = (film.masks["zones"] & film.masks["opacity"]).sum((1, 2)).argmax()
+            said = anatomy.ZONES.index(synthetic.zone(case.findings["opacity"]))
+            assert abs(largest - said) <= 1 and largest // 3 == said // 3
             checked += 1
     assert checked > 5
 
 
-def pixels(n, size=64):
-    """32 x 32 grey pixels, each film standardised, with labels and patients."""
+def pixels(n, size):
+    """32 x 32 grey pixels, each film standardised; findings; half of the patients."""
     rows = np.kron(np.eye(32), np.full(size // 32, 32 / size))
     films = [rows @ synthetic.film(i, size, seed=5).image @ rows.T for i in range(n)]
     x = np.reshape(films, (n, -1))
@@ -231,25 +238,25 @@ def pixels(n, size=64):
 
 
 def probe(x, y, train):
-    """Macro AUPRC of ridge regression on one half of the patients, best of four penalties on the other half."""
+    """Macro AUPRC of ridge regression on the other patients, at the penalty best for them."""
     x = (x - x[train].mean(0)) / x[train].std(0)
-    kernel, best = x @ x[train].T, 0
+    kernel, macro = x @ x[train].T, []
     for penalty in (100, 1e3, 1e4, 1e5):
-        weights = np.linalg.solve(kernel[train] + penalty * np.eye(train.sum()), y[train] - y[train].mean(0))
-        scores = (kernel @ weights)[~train]
-        best = max(best, np.mean([metrics.average_precision_score(*pair) for pair in zip(y[~train].T, scores.T)]))
-    return best
+        inverse = np.linalg.inv(kernel[train] + penalty * np.eye(train.sum()))
+        scores = (kernel @ inverse @ (y[train] - y[train].mean(0)))[~train]
+        macro.append(metrics.average_precision_score(y[~train], scores, average="macro"))
+    return max(macro)
 
 
-def test_small_pixels_do_not_solve_the_task_but_the_findings_do():
-    x, y, train = pixels(700)
+def test_small_pixels_do_not_solve_the_task():
+    x, y, train = pixels(400, size=64)
     assert probe(x, y, train) < 0.9
-    # The probe itself works: given the answer among the pixels, it finds it.
-    assert probe(np.concatenate([x, 5 * y], 1), y, train) > 0.95
+    # The probe works: with the answer among the pixels it finds it.
+    assert probe(np.concatenate([x, np.repeat(y, 100, 1)], 1), y, train) > 0.95
 
 
 @pytest.mark.slow
 def test_small_pixels_do_not_solve_the_task_with_4000_films():
     x, y, train = pixels(4000, size=128)
-    score = probe(x, y, train)
-    assert y.mean() < score < 0.9
+    # Real films are hard for pixels too; better than chance, as heart size and fluid are.
+    assert y[~train].mean() + 0.05 < probe(x, y, train) < 0.75

@@ -1,11 +1,12 @@
 """Hugging Face folders: what config.json and preprocessor_config.json say, either way, and files from the Hub."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raddino_jax.conversion import files
 from raddino_jax.conversion.rules import WeightsError
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -94,10 +95,10 @@ def _clip_fields(config: Mapping[str, Any], what: str) -> dict:
     _asked(config, what, hidden_act="quick_gelu", layer_norm_eps=1e-5, num_channels=3)
     fields = _sizes(config, what)
     _asked(config, what, intermediate_size=4 * fields["width"])
-    return fields | dict(projection=config.get("projection_dim", 512))
+    return fields
 
 
-def write_config(fields: Mapping[str, Any], mask_token: bool = True) -> dict:
+def write_config(fields: Mapping[str, Any], dtype: str) -> dict:
     """config.json of a DINOv2 network, for Dinov2Model or, with registers, Dinov2WithRegistersModel."""
     registers = fields["registers"]
     config = {
@@ -113,9 +114,9 @@ def write_config(fields: Mapping[str, Any], mask_token: bool = True) -> dict:
         "num_channels": 3, "mlp_ratio": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
         "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02, "apply_layernorm": True, "reshape_hidden_states": True,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
-    return config | ({"num_register_tokens": registers} if registers else {"use_mask_token": mask_token})
+    return config | ({"num_register_tokens": registers} if registers else {})
 
 
 # --- preprocessor_config.json -------------------------------------------------------------------------------
@@ -167,22 +168,29 @@ def write_preprocess(settings: Preprocess) -> dict:
 # --- the Hub ------------------------------------------------------------------------------------------------
 
 
-def fetch(repository: str, names: Sequence[str], optional: Sequence[str] = ()) -> list[Path | None]:
-    """Files of a Hub repository, from the local cache or else downloaded; None for optional ones it lacks.
+def fetch_folder(repository: str) -> Path:
+    """The snapshot folder of a Hub repository, with its config, preprocessing and weights in it.
+
+    Raises WeightsError that says what is missing, and what to do where the Hub cannot be reached.
+    """
+    folder = fetch(repository, "config.json").parent
+    fetch(repository, "preprocessor_config.json", optional=True)
+    found = next((path for name in files.NAMES if (path := fetch(repository, name, optional=True))), None)
+    if found is None:
+        raise WeightsError(f"{repository} has no weights that can be reached (one of {', '.join(files.NAMES)})")
+    if found.name.endswith(".index.json"):
+        for name in sorted(set(read_json(found).get("weight_map", {}).values())):
+            fetch(repository, name)
+    return folder
+
+
+def fetch(repository: str, name: str, optional: bool = False) -> Path | None:
+    """A file of a Hub repository, from the local cache or else downloaded; None for an optional one it lacks.
 
     Raises WeightsError that says what to do where the Hub cannot be reached.
     """
-    return [_fetch(repository, name, name in optional) for name in names]
-
-
-def _fetch(repository: str, name: str, optional: bool) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, name, local_files_only=True))
@@ -192,15 +200,14 @@ def _fetch(repository: str, name: str, optional: bool) -> Path | None:
         raise WeightsError(f"{repository!r} is no name of a repository: expected hf:owner/name") from None
     try:
         return Path(hf_hub_download(repository, name))
-    except RepositoryNotFoundError:  # before OSError, of which it is one
+    except RepositoryNotFoundError:
         raise WeightsError(f"the Hugging Face Hub has no public repository {repository!r}") from None
     except LocalEntryNotFoundError as error:  # offline, and not in the cache
         if optional:
             return None
         raise WeightsError(
-            f"{name} of {repository} is not in the local cache and the Hugging Face Hub cannot be reached. On a "
-            f"machine with network: `hf download {repository}`; then copy its cache here, or the files to a folder, "
-            "and give that folder as the weights"
+            f"{name} of {repository} is not in the local cache, and the Hugging Face Hub cannot be reached. Where it "
+            f"can, run `hf download {repository}`; then bring the files here and give their folder as the weights"
         ) from error
     except EntryNotFoundError:
         if optional:

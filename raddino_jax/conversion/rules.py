@@ -37,6 +37,7 @@ def _same(x):
 SAME = Transform(_same, _same)
 LINEAR = Transform(np.transpose, np.transpose)  # torch [out, in] <-> flax [in, out]
 CONV = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+POINT = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # a 1 x 1 convolution <-> a Dense
 ONE = Transform(lambda x: x[None], lambda x: x[0])  # [T, D] <-> [1, T, D]
 ONE_ONE = Transform(lambda x: x[None, None], lambda x: x[0, 0])  # [D] <-> [1, 1, D]
 CHANNELS = Transform(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1))  # [1, D, 1, 1] <-> [D]

@@ -53,17 +53,23 @@ def open_path(path: Path, among: Sequence[str] = (), with_heads: bool = False) -
                 _, found = formats.read(files.read(head), str(head), ("dino_head",))
                 modules[module] = found["dino_head"]
                 notes.append(f"{module} from {head}")
-    source = Source(str(path), name, modules, {}, None, notes=notes)
-    if "backbone" in modules:
-        _describe(source, folder)
-    return source
+    return Source(str(path), name, modules, {}, None, notes=notes)
 
 
-def _describe(source: Source, folder: Path) -> None:
-    """Fields and preprocessing, from the JSON files of the folder or from the arrays themselves."""
+def describe(source: Source, path: Path) -> Source:
+    """The source with fields and preprocessing, from the JSON files beside its weights or the arrays themselves.
+
+    Raises WeightsError for formats whose files do not say it.
+    """
+    folder = path if path.is_dir() else path.parent
     config, preprocessor = (folder / name for name in ("config.json", "preprocessor_config.json"))
-    if source.format not in ("hf_dinov2", "dinov2", "clip_hf"):
-        return  # the rows of encoders.ENCODERS know these networks
+    if "backbone" not in source.modules:
+        raise WeightsError(f"{source.what} holds {', '.join(source.modules)}: no encoder")
+    if source.format not in (*formats.DINOV2, "clip_hf"):
+        raise WeightsError(
+            f"{source.what} holds {source.format} weights, whose files do not say how films are prepared; "
+            "load them by the name of the encoder, with this path as its weights"
+        )
     stated = None
     if config.is_file() and "model_type" in (content := huggingface.read_json(config)):
         kind, stated = huggingface.read_config(content, str(config))
@@ -76,10 +82,11 @@ def _describe(source: Source, folder: Path) -> None:
     elif stated is None:
         raise WeightsError(f"{source.what}: no config.json beside these weights; load them by an encoder's name")
     else:
-        has_projection = "proj/kernel" in source.modules["backbone"]
-        source.fields = stated | dict(projection=stated["projection"] if has_projection else 0)
+        projection = source.modules["backbone"].get("proj/kernel", np.zeros((0, 0)))
+        source.fields = stated | dict(projection=projection.shape[1])
     if preprocessor.is_file():
         source.preprocess = huggingface.read_preprocess(huggingface.read_json(preprocessor), str(preprocessor))
+    return source
 
 
 def dinov2_fields(arrays: Arrays, what: str, notes: list[str], stated: Mapping | None = None) -> dict:

@@ -1,6 +1,6 @@
 """The rule tables of the weights formats (`rules.Rule`), each usable either way."""
 
-from raddino_jax.conversion.rules import CHANNELS, CONV, LINEAR, ONE, ONE_ONE, Rule
+from raddino_jax.conversion.rules import CHANNELS, CONV, LINEAR, ONE, ONE_ONE, POINT, Rule
 
 
 def _affine(theirs: str, ours: str) -> list[Rule]:
@@ -148,6 +148,6 @@ BIOVIL_T = [
     Rule("encoder.missing_previous_emb", "missing_previous_emb", CHANNELS),
     Rule("projector.model.0.weight", "projector_0/kernel", CONV),
     *_batch_norm("projector.model.1", "projector_1"),
-    Rule("projector.model.3.weight", "projector_3/kernel", CONV),
+    Rule("projector.model.3.weight", "projector_3/kernel", POINT),
     Rule("projector.model.3.bias", "projector_3/bias"),
 ]

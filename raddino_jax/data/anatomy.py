@@ -1,15 +1,17 @@
 """Procedural chest anatomy: what an X-ray beam meets on its way through a drawn patient.
 
-A projection adds the paths (cm) through soft tissue, air and bone along the beam, as a real film does, so that
-ribs show through the heart and a thick patient is pale. Lengths are centimetres: u runs to the right of the
-picture (the patient's left), v downwards from the apex of the lungs. Outlines are functions of one coordinate,
-tabulated once per film and looked up per pixel: that is what makes a film cost milliseconds.
+A projection adds the paths (cm) through soft tissue, air and bone along the beam, as a real film
+does, so that ribs show through the heart and a thick patient is pale. Lengths are centimetres: u
+runs to the right of the picture (the patient's left), v downwards from the apex of the lungs.
+Outlines are functions of one coordinate, tabulated once per film and looked up per pixel: that is
+what makes a film cost milliseconds.
 
 Letters: S pixels per side, N dots, C table cells.
 """
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -26,6 +28,10 @@ CELLS, SPAN, ORIGIN = 2048, 64.0, 24.0  # tables cover -24..40 cm, two cells per
 AXIS = (np.arange(CELLS) * (SPAN / CELLS) - ORIGIN).astype(np.float32)
 VERTEBRAE = np.arange(-9, 20)  # 1 is T1: the neck and the lumbar spine continue the count
 EVERYWHERE = np.s_[:, :]
+
+# glibc gives freed arrays back to the kernel, and a film, made of 200 kB arrays, then spends a fifth
+# of its time on page faults, until one larger block has been taken and freed. This is that block.
+np.empty(1 << 24, np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +92,7 @@ def through(*points):
     px, py = np.array(points, float).T
     chords = np.diff(py) / np.diff(px)
     slope = np.concatenate([[0], (chords[1:] + chords[:-1]) / 2, [0]])
-    x = AXIS[::8]
+    x = AXIS[::16]
     k = np.clip(np.searchsorted(px, x) - 1, 0, len(px) - 2)
     h = px[k + 1] - px[k]
     s = np.clip((x - px[k]) / h, 0, 1)
@@ -118,7 +124,7 @@ def _upsampling(size, cells):
 def upsample(grid, size):
     """A grid of numbers [cells + 3, cells + 3] as a smooth field [S, S]."""
     rows = _upsampling(size, len(grid) - 3)
-    # In slices: for one large product BLAS would start threads of its own, which only get in Grain's way.
+    # In slices: for one large product BLAS would start threads, which only get in Grain's way.
     tall = np.concatenate([rows, rows[: -size % 4]]).reshape(-1, 4, len(grid))
     return np.matmul(np.matmul(tall, grid), rows.T).reshape(-1, size)[:size]
 
@@ -130,18 +136,18 @@ def noise(rng, size, cells):
 
 def splat(size, x, y, sigma, amount):
     """Sum [S, S] of Gaussian dots (pixels) of integral `amount`: thin things fade, none aliases."""
-    reach = np.maximum(np.rint(np.where(sigma < 2.5, 1.8, 2.8) * sigma), 1).astype(int)
+    reach = np.maximum(np.rint(np.where(sigma < 2.5, 1.6, 2.8) * sigma), 1).astype(int)
     reach = np.where(reach > 4, (reach + 3) // 4 * 4, reach)
-    pad = reach.max(initial=1)
+    pad = 2 * reach.max(initial=1)
     width = size + 2 * pad
     out = np.zeros(width * width, np.float32)
-    seen = (x > -pad) & (x < size + pad - 1) & (y > -pad) & (y < size + pad - 1)
     x, y, spread, amount = (np.float32(a) for a in (x + pad, y + pad, -0.5 / sigma**2, amount))
     col, row = np.floor(x), np.floor(y)
-    centre = (row * width + col).astype(np.intp)
+    near, far = np.minimum(col, row), np.maximum(col, row)
     dx, dy = col + np.float32(0.5) - x, row + np.float32(0.5) - y
-    for k in np.unique(reach):  # dots of one size together; a dot near the rim is cut to the reach it has
-        pick = np.flatnonzero(seen & (reach == k) & (np.minimum(col, row) >= k) & (np.maximum(col, row) < width - k))
+    centre = (row * width + col).astype(np.intp)
+    for k in np.unique(reach):  # dots of one size together
+        pick = np.flatnonzero((reach == k) & (near >= pad - k) & (far < pad + size + k))
         offset = np.arange(-k, k + 1)
         gx = np.exp(spread[pick, None] * (dx[pick, None] + np.float32(offset)) ** 2)
         gy = np.exp(spread[pick, None] * (dy[pick, None] + np.float32(offset)) ** 2)
@@ -164,7 +170,7 @@ def line(points, spacing):
 
 @functools.lru_cache(maxsize=32)
 def vessel_tree(seed, first, last, trunks):
-    """Pulmonary vessels from two hila at the origin: side, x, y, radius and step of their dots (reach about 1)."""
+    """Vessels from two hila at the origin: side, x, y, radius, step of their dots (reach 1)."""
     rng = np.random.default_rng(seed)
     side = np.repeat([0, 1], trunks)
     heading = np.tile(np.linspace(first, last, trunks), 2) + rng.normal(0, 0.2, side.size)
@@ -172,13 +178,14 @@ def vessel_tree(seed, first, last, trunks):
     radius = np.tile(np.linspace(0.02, 0.034, trunks), 2) * rng.uniform(0.7, 1.1, side.size)
     length = rng.uniform(0.2, 0.4, side.size)
     parts = []
-    for count in (14, 11, 8, 6, 5):
+    for count in (13, 9, 7, 5, 4):
         s = np.arange(1, count + 1) / count
         bend = heading[:, None] + rng.normal(0, 0.35, heading.size)[:, None] * s
         step = length[:, None] / count
         px = x[:, None] + np.cumsum(step * np.cos(bend), 1)
         py = y[:, None] + np.cumsum(step * np.sin(bend), 1)
-        parts.append(np.broadcast_arrays(side[:, None], px, py, radius[:, None] * (1 - 0.3 * s), step))
+        taper = radius[:, None] * (1 - 0.3 * s)
+        parts.append(np.broadcast_arrays(side[:, None], px, py, taper, step))
         # One child leaves at the tip, one on the way: a tree, not a fan.
         every, way = np.arange(heading.size), rng.integers(count // 3, count, heading.size)
         x, y = np.append(px[:, -1], px[every, way]), np.append(py[:, -1], py[every, way])
@@ -190,22 +197,26 @@ def vessel_tree(seed, first, last, trunks):
 
 
 class Projection:
-    """Pixels in body coordinates, the brushes both views draw with, and what they draw alike."""
+    """Pixels in body coordinates, the brushes both views draw with, and what they draw alike.
+
+    A view adds the outlines, and the organs that `render` calls in turn.
+    """
 
     def __init__(self, body, pose, findings, devices, size):
         self.body, self.pose, self.size = body, pose, size
         self.findings, self.devices = findings, devices
         self.px = pose.field / size
         self.strokes = []
+        self.cos, self.sin = math.cos(pose.rotation), math.sin(pose.rotation)
         axis = ((np.arange(size) + 0.5) / size - 0.5) * pose.field
-        cos, sin = np.cos(pose.rotation), np.sin(pose.rotation)
-        x, y = axis - pose.shift[0], axis[:, None] - pose.shift[1]
-        self.u = (pose.facing * cos * x).astype(np.float32) + (pose.facing * sin * y).astype(np.float32)
-        self.v = (cos * y).astype(np.float32) - (sin * x).astype(np.float32)
+        x, y = np.float32(axis - pose.shift[0]), np.float32(axis[:, None] - pose.shift[1])
+        self.u = pose.facing * (self.cos * x + self.sin * y)
+        self.v = self.cos * y - self.sin * x
         self.iv = self.index(self.v)
         self.base = body.height + pose.inspiration  # depth of the costophrenic angles
         k = VERTEBRAE - 1
-        self.vertebra_v = (0.3 + 1.95 * k + 0.045 * k * np.abs(k)) * body.height / 26
+        uneven = np.random.default_rng((*body.seed, 1)).normal(0, 0.12, k.size)
+        self.vertebra_v = (0.3 + 1.95 * k + 0.045 * k * np.abs(k)) * body.height / 26 + uneven
         self.vertebra_of = np.interp(AXIS, self.vertebra_v, VERTEBRAE).astype(np.float32)
 
     def index(self, x):
@@ -222,17 +233,16 @@ class Projection:
 
     def pixels(self, u, v):
         """Column and row of a point of the body."""
-        pose = self.pose
-        cos, sin, u = np.cos(pose.rotation), np.sin(pose.rotation), pose.facing * u
-        x, y = cos * u - sin * v + pose.shift[0], sin * u + cos * v + pose.shift[1]
+        x = self.cos * self.pose.facing * u - self.sin * v + self.pose.shift[0]
+        y = self.sin * self.pose.facing * u + self.cos * v + self.pose.shift[1]
         return x / self.px + self.size / 2, y / self.px + self.size / 2
 
     def window(self, u0, u1, v0, v1):
-        """The part of the picture that can show a rectangle of the body: the rest need not be computed."""
+        """The part of the picture that can show a rectangle of the body: skip the rest."""
         bow = abs(self.body.scoliosis)
-        x, y = self.pixels(np.array([u0 - bow, u0 - bow, u1 + bow, u1 + bow]), np.array([v0, v1, v0, v1]))
-        low, high = np.clip([x.min(), y.min()], 0, self.size), np.clip([x.max() + 1, y.max() + 1], 0, self.size)
-        return np.s_[int(low[1]) : int(high[1]), int(low[0]) : int(high[0])]
+        u, v = np.array([u0 - bow, u0 - bow, u1 + bow, u1 + bow]), np.array([v0, v1, v0, v1])
+        cols, rows = (np.clip((p.min(), p.max() + 1), 0, self.size) for p in self.pixels(u, v))
+        return np.s_[int(rows[0]) : int(rows[1]), int(cols[0]) : int(cols[1])]
 
     def dots(self, u, v, sigma, amount):
         """Queue Gaussian dots: sigma in cm, amount = attenuation integrated over the dot."""
@@ -248,13 +258,13 @@ class Projection:
         """The queued dots [S, S]."""
         if not self.strokes:
             return np.zeros((self.size, self.size), np.float32)
-        u, v, sigma, amount = (np.concatenate(a) for a in zip(*self.strokes))
+        u, v, sigma, amount = (np.concatenate(a) for a in zip(*self.strokes, strict=True))
         self.strokes = []
         x, y = self.pixels(u, v)
         return splat(self.size, x, y, np.maximum(sigma / self.px, 0.45), amount / self.px**2)
 
-    def round(self, u, v, radius_u, radius_v):
-        """1 at (u, v), 0 on an ellipse around it, negative outside; with the window it lies in."""
+    def ellipse(self, u, v, radius_u, radius_v):
+        """A window, and in it 1 at (u, v), 0 on an ellipse around it, negative outside."""
         w = self.window(u - radius_u, u + radius_u, v - radius_v, v + radius_v)
         x, y = self.u[w] - np.float32(u), self.v[w] - np.float32(v)
         x *= np.float32(1 / radius_u)
@@ -263,47 +273,101 @@ class Projection:
 
     def ball(self, film, amount, *ellipse):
         """Add an ellipsoid: `amount` through its middle."""
-        w, inside = self.round(*ellipse)
+        w, inside = self.ellipse(*ellipse)
         film[w] += np.float32(amount) * np.sqrt(np.maximum(inside, 0))
 
-    def disc_mask(self, *ellipse):
-        """Pixels inside an ellipse."""
+    def discs(self, ellipses):
+        """Mask of the pixels inside any of the ellipses."""
         mask = np.zeros((self.size, self.size), bool)
-        w, inside = self.round(*ellipse)
-        mask[w] = inside > 0
+        for ellipse in ellipses:
+            w, inside = self.ellipse(*ellipse)
+            mask[w] |= inside > 0
         return mask
 
-    def grain(self):
-        """The mottle of small vessels and airways seen end on, around 1."""
-        rng = np.random.default_rng(self.pose.seed)
-        return 1 + 0.05 * noise(rng, self.size, 64)
+    def render(self):
+        """Attenuation [S, S]."""
+        w = self.thorax
+        air = self.lungs()
+        # The mottle of small vessels and airways seen end on.
+        mottle = noise(np.random.default_rng(self.pose.seed), self.size, 64)[w]
+        air *= 1 + np.float32(0.05) * mottle
+        lung = np.minimum(air * np.float32(1 / 6), 1)
+        self.vessels()
+        inside = self.painted()[w] * lung
+        inside -= np.float32(SOFT * (1 - LUNG)) * air
+        if "pneumothorax" in self.findings:
+            # No vessels there, and nothing but air.
+            free = self.free_air()
+            inside *= 1 - free
+            inside -= np.float32(SOFT) * air * free
+        inside += self.lesions(lung)
+        film = self.flesh()
+        film *= np.float32(SOFT)
+        film[w] += inside
+        self.airways(film)
+        self.ribs(film)
+        self.bones(film)
+        self.wires()
+        film += self.painted()
+        return film
+
+    def whole(self, part):
+        """A mask of the thorax as a mask of the film [S, S]."""
+        mask = np.zeros((self.size, self.size), bool)
+        mask[self.thorax] = part
+        return mask
+
+    def lesions(self, lung):
+        """Attenuation of nodules and opacities, in the thorax."""
+        film = np.zeros((self.size, self.size), np.float32)
+        for site in self.findings.get("nodule", {"sites": ()})["sites"]:
+            amount = SOFT * 2 * site["radius"] * site["density"]
+            self.ball(film, amount, *self.nodule(site))
+        film = film[self.thorax]
+        if "opacity" in self.findings:
+            water, _ = self.opacity()
+            film += SOFT * water * lung * self.beside(self.findings["opacity"]["side"])
+        return film
+
+    def nodule(self, site):
+        """A nodule's ellipse."""
+        return *self.locate(site), site["radius"], site["radius"] * site["aspect"]
 
     def opacity(self):
-        """Airspace or reticular shadow: (water in cm, mask), before it is confined to the lung."""
-        site = self.findings["opacity"]
+        """Airspace or reticular shadow in the thorax, over both lungs: (water in cm, mask)."""
+        site, w = self.findings["opacity"], self.thorax
         u, v = self.locate(site)
         rng = np.random.default_rng(site["seed"])
-        coarse, fine = noise(rng, self.size, 18), noise(rng, self.size, 44)
-        x, y = (self.u - u) / (site["radius"] * site["aspect"]), (self.v - v) / site["radius"]
-        shape = smooth((np.exp(-x * x - y * y) * (1 + 0.5 * np.clip(coarse, -1, 2)) - 0.2) / 0.45)
+        coarse, fine = noise(rng, self.size, 18)[w], noise(rng, self.size, 54)[w]
+        x, y = (self.u[w] - u) / (site["radius"] * site["aspect"]), (self.v[w] - v) / site["radius"]
+        bump = np.exp(-x * x - y * y) * (1 + 0.5 * np.clip(coarse, -1, 2))
+        shape = smooth((bump - 0.2) / 0.45)
         if site["kind"] == "airspace":
             return site["density"] * shape * (1 + 0.2 * fine), shape > 0.3
-        other = noise(rng, self.size, 44)
-        net = np.clip(1 - 2.5 * np.minimum(np.abs(fine), np.abs(other)), 0, 1)
+        # Septa seen edge on: the lines where one of two random surfaces crosses zero.
+        other = noise(rng, self.size, 54)[w]
+        net = np.clip(1 - 2 * np.minimum(np.abs(fine), np.abs(other)), 0, 1)
         return site["density"] * shape * (0.75 * net - 0.15), shape > 0.3
 
-    def lesions(self, film, lung):
-        """Add nodules and opacities."""
-        for site in self.findings.get("nodule", {"sites": ()})["sites"]:
-            r = site["radius"]
-            self.ball(film, SOFT * 2 * r * site["density"], *self.locate(site), r, r * site["aspect"])
-        if "opacity" in self.findings:
-            film += np.float32(SOFT) * self.opacity()[0] * lung * self.beside(self.findings["opacity"]["side"])
+    def ribs(self, film):
+        """Add the ribs: tubes with a bright cortex."""
+        w = self.rib_cage
+        soft = max(0.22, 0.8 * self.px / self.body.rib_half_width)
+        d = np.arange(256, dtype=np.float32) / 128
+        profile = smooth((1 - d) / soft + 0.5) * (0.62 + 0.55 * np.minimum(d, 1) ** 3)
+        for _, distance, strength in self.rib_arcs(w):
+            distance = np.abs(distance)
+            distance *= 128
+            strength *= self.at(profile, distance.astype(np.intp))
+            film[w] += strength
 
     def break_ribs(self, nearest, distance, strength, beyond):
-        """Displace the broken ribs beyond the break, and open a gap (in place); beyond(u) is the way from there."""
+        """Displace broken ribs beyond the break and open a gap (in place).
+
+        `beyond(u)` is the distance of the pixels past a break at u.
+        """
         site = self.findings["fracture"]
-        gap = max(0.25, 0.5 * self.px)
+        gap = max(0.3, 0.5 * self.px)
         for rib in site["ribs"]:
             broken = nearest == rib
             s = beyond(self.break_point(rib)[0])[broken]
@@ -312,18 +376,22 @@ class Projection:
 
     def nodule_mask(self):
         """Pixels of all nodules."""
-        sites = self.findings["nodule"]["sites"]
-        masks = [self.disc_mask(*self.locate(s), s["radius"], s["radius"] * s["aspect"]) for s in sites]
-        return np.any(masks, 0)
+        return self.discs(self.nodule(site) for site in self.findings["nodule"]["sites"])
 
     def fracture_mask(self):
         """Discs around the broken places."""
         ribs = self.findings["fracture"]["ribs"]
-        return np.any([self.disc_mask(*self.break_point(rib), 1.6, 1.6) for rib in ribs], 0)
+        return self.discs((*self.break_point(rib), 1.6, 1.6) for rib in ribs)
 
     def opacity_mask(self):
         """Where the shadow lies over its lung."""
-        return self.opacity()[1] & self.masks()["lungs"][self.findings["opacity"]["side"]]
+        shape = self.opacity()[1] & self.beside(self.findings["opacity"]["side"])
+        return self.chest & self.whole(shape)
+
+    def pneumothorax_mask(self):
+        """Where there is air outside the lung."""
+        free = self.free_air()
+        return self.chest & self.whole(free > 0.5 * free.max())
 
 
 class Frontal(Projection):
@@ -336,9 +404,14 @@ class Frontal(Projection):
         self.side = self.u > 0
         other = self.side * CELLS
         self.ia, self.ivs = self.index(self.a) + other, self.iv + other
+        wide = body.half_width + 1.2
+        self.thorax = self.window(-wide, wide, -0.5, self.base + 9)
+        self.rib_cage = self.window(-wide, wide, 0, self.base + 5)
+        self.carina = 7.2 + 0.3 * pose.inspiration
         rise = np.clip(AXIS / (0.82 * body.height), 0, 1)
         self.wall = body.half_width * np.sqrt(1 - (1 - rise) ** 2.3)
-        self.drop = body.rib_drop * through((-20, 1), (-1, 2.2), (3, 5), (9, 8.6), (16, 9.8), (40, 10))
+        fall = through((-20, 1), (-1, 2.2), (3, 5), (9, 8.6), (16, 9.8), (40, 10))
+        self.drop = body.rib_drop * fall
         self.edges = self._mediastinum()
         self.domes = [self._dome(side) for side in (0, 1)]
         self.fluid = [self._fluid_level(side) for side in (0, 1)]
@@ -351,27 +424,29 @@ class Frontal(Projection):
         return self.at(np.concatenate(pair), index)
 
     def beside(self, side):
-        """Where one half of the body is."""
-        return self.side == side
+        """Which pixels of the thorax are in one half of the body."""
+        return self.side[self.thorax] == side
 
     def _mediastinum(self):
         """Right and left border of the heart and the great vessels, from the midline."""
         body, pose = self.body, self.pose
         ratio = self.findings.get("cardiomegaly", {"ratio": body.cardiothoracic})["ratio"]
         # The heart is further from the film in AP, and flatter on a raised diaphragm.
-        width = 2 * body.half_width * ratio * (1.08 if pose.view == "AP" else 1) * (1 - 0.02 * pose.inspiration)
-        f, shift = self.base - body.dome + 1, 0.5 * pose.yaw
-        r, l, k = 0.33 * width, 0.67 * width, body.knob
+        magnified = (1.08 if pose.view == "AP" else 1) * (1 - 0.02 * pose.inspiration)
+        width = 2 * body.half_width * ratio * magnified
+        r, h, k, f = 0.33 * width, 0.67 * width, body.knob, self.base - body.dome + 1
         right = through(
-            (-6, 5), (-1, 4.2), (1, 3.0), (0.18 * f, 2.6), (0.52 * f, 2.7), (0.67 * f, 0.72 * r + 0.6),
-            (0.85 * f, r), (f, 0.9 * r), (f + 3, 0.5 * r), (f + 6, 2),
+            (-6, 5), (-1, 4.2), (1, 3.0), (0.18 * f, 2.6), (0.52 * f, 2.7),
+            (0.67 * f, 0.72 * r + 0.6), (0.85 * f, r), (f, 0.9 * r), (f + 3, 0.5 * r), (f + 6, 2),
         )  # fmt: skip
         left = through(
-            (-6, 5), (-1, 4.2), (1, 2.8), (0.18 * f, 2.3), (0.25 * f, 2.2 + 0.5 * k), (0.32 * f, 2.5 + k),
-            (0.385 * f, 2.5 + 0.5 * k), (0.45 * f, 2.9), (0.58 * f, 3.6), (0.76 * f, 0.72 * l), (0.935 * f, l),
-            (f + 1.2, 0.93 * l), (f + 3.2, 0.6 * l), (f + 5, 2),
+            (-6, 5), (-1, 4.2), (1, 2.8), (0.18 * f, 2.3), (0.25 * f, 2.2 + 0.5 * k),
+            (0.32 * f, 2.5 + k), (0.385 * f, 2.5 + 0.5 * k), (0.45 * f, 2.9), (0.58 * f, 3.6),
+            (0.76 * f, 0.72 * h), (0.935 * f, h), (f + 1.2, 0.93 * h), (f + 3.2, 0.6 * h),
+            (f + 5, 2),
         )  # fmt: skip
-        return right - shift, left + shift
+        shift = 0.5 * pose.yaw
+        return right - shift, np.minimum(left + shift, np.maximum(0.9 * self.wall, 5))
 
     def _dome(self, side):
         """Height of a hemidiaphragm over the distance from the midline."""
@@ -387,7 +462,7 @@ class Frontal(Projection):
             return np.full(CELLS, 39, np.float32)
         x = np.clip(np.abs(AXIS) / self.body.half_width, 0, 1)
         climb = np.exp((x - 1) / 0.12) + 0.25 * np.exp(-x / 0.15)
-        # Lying down, most of the fluid spreads behind the lung (see lungs) and little is left below it.
+        # Lying down, most of the fluid spreads behind the lung (see lungs), little is below it.
         return self.base - site["height"] * (0.3 if self.pose.supine else 1) * (0.6 + 0.4 * climb)
 
     @functools.cached_property
@@ -405,111 +480,91 @@ class Frontal(Projection):
         u = inner + site["across"] * (outer - inner)
         return (-1, 1)[side] * u, min(v, self.value(self.domes[side], u) - 1)
 
-    def render(self):
-        """Attenuation [S, S]."""
-        air = self.lungs()
-        air *= self.grain()
-        lung = np.minimum(air * np.float32(1 / 6), 1)
-        film = self.flesh()
-        film -= np.float32(1 - LUNG) * air
-        film *= np.float32(SOFT)
-        self.vessels()
-        inside = self.painted()
-        inside *= lung
-        if "pneumothorax" in self.findings:
-            free = self.free_air()
-            inside *= 1 - free
-            film -= np.float32(SOFT * LUNG * 1.3) * air * free
-        film += inside
-        self.lesions(film, lung)
-        self.airways(film)
-        self.ribs(film)
-        self.girdle(film)
-        self.arms(film)
-        self.spine(film)
-        self.wires()
-        film += self.painted()
-        return film
-
     def lungs(self):
-        """Path through aerated lung."""
-        body = self.body
-        depth = 0.66 * body.depth * (1 - (1 - np.clip(AXIS / 15, 0, 1)) ** 2.4) ** 0.5
-        t = np.minimum(self.a / self.wall_px, 1)
-        out = self.at(depth, self.iv) * np.sqrt(1 - t * t * np.sqrt(t))
-        floor = np.minimum(self.dome_px, self.sided(self.fluid, self.ia))
-        floor -= self.v
+        """Path through aerated lung, in the thorax."""
+        w, iv = self.thorax, self.iv[self.thorax]
+        height = np.clip(AXIS / 15, 0, 1)
+        depth = 0.71 * self.body.depth * np.sqrt(1 - (1 - height) ** 2.4)
+        t = np.minimum(self.a[w] / self.wall_px[w], 1)
+        out = self.at(depth, iv) * np.sqrt(1 - t * t * np.sqrt(t))
+        floor = np.minimum(self.dome_px[w], self.sided(self.fluid, self.ia[w]))
+        floor -= self.v[w]
         # Behind the dome the lung reaches deeper; fluid fills that recess first.
-        shown = np.maximum(smooth(AXIS / max(0.4, self.px) + 0.5), 0.16 * np.exp(np.minimum(AXIS, 0) / 2.2))
+        recess = 0.16 * np.exp(np.minimum(AXIS, 0) / 2.2)
+        shown = np.maximum(smooth(AXIS / max(0.4, self.px) + 0.5), recess)
         out *= self.at(shown, self.index(floor))
-        deep = np.clip((self.edge_px - self.a) * np.float32(1 / 2.4), 0, 1)
+        deep = np.clip((self.edge_px[w] - self.a[w]) * np.float32(1 / 2.4), 0, 1)
         out *= 1 - np.float32(0.93) * deep * (2 - deep)
         site = self.findings.get("effusion")
         if site and self.pose.supine:
             layer = 0.4 * site["height"] * smooth((AXIS + 2) / (0.8 * self.base))
             pair = [layer * (side in site["sides"]) for side in (0, 1)]
-            out = np.maximum(out - self.sided(pair, self.ivs), np.float32(0.2) * out)
+            out = np.maximum(out - self.sided(pair, self.ivs[w]), 0.2 * out)
         return out
 
     def free_air(self):
-        """Where a pneumothorax is; queues the fine line of the visceral pleura."""
-        side = self.findings["pneumothorax"]["side"]
+        """Where in the thorax a pneumothorax is; queues the fine line of the visceral pleura."""
+        w, side = self.thorax, self.findings["pneumothorax"]["side"]
         v = AXIS[(AXIS > 0) & (AXIS < self.base - 1)][::4]
         u = np.interp(v, AXIS, self.pleura)
-        shown = (u > np.interp(v, AXIS, self.edges[side])) & (v < np.interp(u, AXIS, self.domes[side]))
+        beside_heart = u > np.interp(v, AXIS, self.edges[side])
+        shown = beside_heart & (v < np.interp(u, AXIS, self.domes[side]))
         if shown.sum() > 4:
             self.stroke(np.stack([(-1, 1)[side] * u, v], 1)[shown], 0.12, 0.12)
-        outside = smooth((self.a - self.at(self.pleura, self.iv)) / 0.3 + 0.5)
-        return outside * self.beside(side)
+        outside = (self.a[w] - self.at(self.pleura, self.iv[w])) * (1 / 0.3) + 0.5
+        return smooth(outside) * self.beside(side)
 
     def flesh(self):
         """Path through soft tissue, as if there were no air in the body."""
         body, pose, w = self.body, self.pose, self.body.half_width
         total = body.depth + 2 * body.fat
-        skin = self.wall + 2 + body.fat
         s = 19 + 0.5 * body.fat
-        shoulders = through((-20, 8), (-9, 6.3), (-5, 6), (-3, 7.2), (-1, 10.5), (0.6, 15), (2.5, s - 1), (5, s),
-                            (8, s - 1), (11, 15), (15, 0), (40, 0))  # fmt: skip
+        shoulders = through(
+            (-20, 8), (-9, 6.3), (-5, 6), (-3, 7.2), (-1, 10.5), (0.6, 15), (2.5, s - 1), (5, s),
+            (8, s - 1), (11, 15), (15, 0), (40, 0),
+        )  # fmt: skip
+        skin = self.wall + 2 + body.fat
         outline = np.maximum(shoulders, skin * smooth((AXIS - 4) / 6))
-        depth = through((-20, 12), (-4, 11), (1, 0.55 * total), (9, 0.95 * total), (14, total), (24, total),
-                        (30, 1.04 * total), (40, total))  # fmt: skip
+        depth = through(
+            (-20, 13), (-4, 12), (1, 0.7 * total), (9, 0.98 * total), (14, total), (24, total),
+            (30, 1.04 * total), (40, total),
+        )  # fmt: skip
         x = np.minimum(self.a * self.at(1 / outline, self.iv), 1)
         out = self.at(depth, self.iv) * np.sqrt(1 - x * x)
         thick = 4.2 + 0.5 * body.fat
-        across, along = self.arm_axis(EVERYWHERE)
-        arm = self.at(2.2 * thick * chord(AXIS / thick), self.index(across))
-        arm *= self.at(smooth((AXIS + 3) / 4), self.index(along))
-        out = np.maximum(out, arm)
+        for z, across, along in self.arms():
+            arm = self.at(2.5 * thick * chord(AXIS / thick), across)
+            out[z] = np.maximum(out[z], arm * self.at(smooth((AXIS + 3) / 4), along))
         if body.breast:
-            r, u, v = 0.40 * w, 0.62 * w, 0.62 * self.base
-            rows = self.window(-3 * w, 3 * w, v - 1.2 * r, v + 1.2 * r)
-            x, y = (self.a[rows] - np.float32(u)) / np.float32(r), (self.v[rows] - np.float32(v)) / np.float32(1.15 * r)
-            out[rows] += np.float32(body.breast) * np.sqrt(np.maximum(1 - x * x - y * y, 0)) * smooth(y + 0.6)
+            r, u, v = 0.45 * w, 0.64 * w, 0.68 * self.base
+            z = self.window(-3 * w, 3 * w, v - 1.2 * r, v + 1.2 * r)
+            x, y = (self.a[z] - u) * (1 / r), (self.v[z] - v) * (1 / (1.15 * r))
+            out[z] += body.breast * np.sqrt(np.maximum(1 - x * x - y * y, 0)) * smooth(y + 0.6)
         if pose.stomach:
-            g = pose.stomach
-            self.ball(out, -3.5, 5.5, self.value(self.domes[1], 5.5) + 1.2 + 0.8 * g, 1.3 * g, 0.8 * g)
+            g, top = pose.stomach, self.value(self.domes[1], 5.5)
+            self.ball(out, -3.5, 5.5, top + 1.2 + 0.8 * g, 1.3 * g, 0.8 * g)
         return out
 
-    def arm_axis(self, w):
-        """Distance across and along the upper arm."""
-        angle = 0.04 + 0.3 * self.pose.arms
-        cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        s, v = self.a[w] - np.float32(1.3 * self.body.half_width + 0.3), self.v[w] - np.float32(4.5)
-        return s * cos - v * sin, s * sin + v * cos
+    def arms(self):
+        """Each upper arm's window, and the table cells across and along it."""
+        angle, inner = 0.04 + 0.3 * self.pose.arms, 0.8 * self.body.half_width
+        cos, sin = math.cos(angle), math.sin(angle)
+        for w in (self.window(-40, -inner, 1, 40), self.window(inner, 40, 1, 40)):
+            s, v = self.a[w] - (1.3 * self.body.half_width + 0.3), self.v[w] - 4.5
+            yield w, self.index(s * cos - v * sin), self.index(s * sin + v * cos)
 
     def airways(self, film):
         """Remove the air of trachea and main bronchi."""
-        pose = self.pose
-        carina = 7.2 + 0.3 * pose.inspiration
-        w = self.window(-6, 6, -12, carina + 4)
-        below = np.clip(AXIS - carina, 0, None)
-        trachea = 0.45 * pose.yaw - 0.25 * smooth((AXIS - 3) / 4)
-        x = self.u[w] - self.at(trachea, self.iv[w])
+        w = self.window(-6, 6, -12, self.carina + 4)
+        iv, below = self.iv[w], np.clip(AXIS - self.carina, 0, None)
+        trachea = 0.45 * self.pose.yaw - 0.25 * smooth((AXIS - 3) / 4)
+        x = self.u[w] - self.at(trachea, iv)
         bronchi = self.sided([0.75 * below, 1.15 * below], self.ivs[w])
-        x = np.where(self.v[w] > carina, np.abs(x) - bronchi, x)
-        width = np.where(AXIS < carina, 0.9, 0.75)
-        strength = (1.3 + 0.6 * smooth(AXIS / 4)) * smooth((AXIS + 9) / 3) * smooth((carina + 3.2 - AXIS) / 2.5)
-        film[w] -= self.at(SOFT * strength, self.iv[w]) * chord(x / self.at(width, self.iv[w]))
+        x = np.where(self.v[w] > self.carina, np.abs(x) - bronchi, x)
+        width = np.where(AXIS < self.carina, 0.9, 0.75)
+        air = (1.3 + 0.6 * smooth(AXIS / 4)) * smooth((AXIS + 9) / 3)
+        air *= smooth((self.carina + 3.2 - AXIS) / 2.5)
+        film[w] -= self.at(SOFT * air, iv) * chord(x / self.at(width, iv))
 
     def vessels(self):
         """Queue arteries and veins, and the hila they leave from."""
@@ -517,37 +572,42 @@ class Frontal(Projection):
         side, x, y, r, step = vessel_tree(body.seed, -2.0, 1.85, 9)
         across, down = 0.95 * body.half_width, 0.5 * body.height
         u = (2 * side - 1) * (2.8 + across * x) + 0.3 * self.pose.yaw
+        v = 11.2 - 0.9 * side + down * y
         r, step = r * across, step * across
-        self.dots(u, 11.2 - 0.9 * side + down * y, 0.6 * np.maximum(r, step), 1.25 * body.vascularity * r**1.55 * step)
+        amount = 1.25 * body.vascularity * r**1.55 * step
+        self.dots(u, v, 0.6 * np.maximum(r, step), amount)
         self.dots([-3.4, 3.4], [10.6, 9.7], 1.1, 0.8)
         self.dots([-3.4, 3.4], [12.6, 11.7], 1.3, 1.2)
 
     def rib_arcs(self, w=EVERYWHERE):
         """Per arc (posterior, anterior): which rib, signed distance in half widths, strength.
 
-        A rib is a hoop seen aslant: it falls by drop * fall(t) on its way out to the wall (t = 1) and back in.
+        A rib is a hoop seen aslant: it falls by drop * fall(t) on its way out to the wall (t = 1)
+        and back in.
         """
-        body = self.body
-        k = (self.a[w] * self.at(1000 / np.maximum(self.wall + 0.5, 1), self.iv[w])).astype(np.intp)
+        body, v, iv = self.body, self.v[w], self.iv[w]
+        k = (self.a[w] * self.at(1000 / np.maximum(self.wall + 0.5, 1), iv)).astype(np.intp)
         t = np.arange(1200, dtype=np.float32) / 1000
         root = np.sqrt(np.maximum(1 - t * t, 0.003))
         # Near the wall a rib runs steeply, so that it is thinner across than it is high.
         steep = np.minimum(0.29 * t / root, 2)
         thin = self.at(RIB_SPACING / body.rib_half_width / np.sqrt(1 + steep * steep), k)
-        v, drop = self.v[w], self.at(self.drop, self.iv[w])
-        fade = self.at(body.bone * smooth((self.base + 5 - AXIS) / 7) * smooth((AXIS - 0.3) / 1.5), self.iv[w])
+        drop = self.at(self.drop, iv)
+        shown = smooth((self.base + 5 - AXIS) / 7) * smooth((AXIS - 0.3) / 1.5)
+        shown = self.at(body.bone * shown, iv)
         ends = smooth((1.03 - t) / 0.03)
-        for anterior, (last, fall, strength) in enumerate((
-            (12.5, 0.42 - 0.42 * root, 0.27 * smooth((t - 0.07) / 0.14)),
-            (10.5, 0.42 + 0.55 * root, 0.20 * smooth((t - 0.42) / 0.15)),
-        )):  # fmt: skip
+        arcs = (
+            (12.5, 0.42 - 0.42 * root, 0.23 * smooth((t - 0.07) / 0.14)),
+            (10.5, 0.42 + 0.55 * root, 0.15 * smooth((t - 0.42) / 0.15)),
+        )
+        for anterior, (last, fall, strength) in enumerate(arcs):
             rib = self.at(self.vertebra_of, self.index(v - drop * self.at(fall, k)))
             nearest = np.rint(rib)
             rib -= nearest
             rib *= thin
             if anterior:
                 rib *= np.float32(0.9)
-            strength = self.at(strength * ends, k) * fade
+            strength = self.at(strength * ends, k) * shown
             strength *= nearest < last
             if "fracture" in self.findings and not anterior:
                 own = np.where(self.side[w] == self.findings["fracture"]["side"], nearest, 0)
@@ -557,115 +617,114 @@ class Frontal(Projection):
     def break_point(self, rib):
         """Where a broken rib is broken: a few steps of v = spine + drop(v) * fall."""
         site = self.findings["fracture"]
-        fall = 0.42 - 0.42 * np.sqrt(1 - site["across"] ** 2)
+        fall = 0.42 - 0.42 * math.sqrt(1 - site["across"] ** 2)
         v = start = float(np.interp(rib, VERTEBRAE, self.vertebra_v))
         for _ in range(6):
             v = start + fall * self.value(self.drop, v)
         return (-1, 1)[site["side"]] * site["across"] * (self.value(self.wall, v) + 0.5), v
 
-    def ribs(self, film):
-        """Add both arcs of all ribs: tubes with a bright cortex."""
-        w = self.window(-20, 20, 0, self.base + 5)
-        soft = max(0.22, 0.8 * self.px / self.body.rib_half_width)
-        d = np.arange(256, dtype=np.float32) / 128
-        profile = smooth((1 - d) / soft + 0.5) * (0.62 + 0.55 * np.minimum(d, 1) ** 3)
-        for _, distance, strength in self.rib_arcs(w):
-            distance = np.abs(distance)
-            distance *= 128
-            strength *= self.at(profile, distance.astype(np.intp))
-            film[w] += strength
+    def bones(self, film):
+        """Add collar bones, shoulder blades, arms and spine."""
+        self.clavicles(film)
+        self.scapulae(film)
+        self.humeri(film)
+        self.spine(film)
 
-    def girdle(self, film):
-        """Add clavicles and shoulder blades."""
+    def clavicles(self, film):
+        """Rods bent like an S; turning the patient takes their inner ends off the midline."""
         body, pose, w = self.body, self.pose, self.body.half_width
         lift = (1.2 if pose.view == "AP" else 0) - 0.3 * pose.inspiration
-        curves, widths = [], []
-        for sign in (-1, 1):
-            end = 1.6 + sign * 0.8 * pose.yaw
-            curves.append(through((-20, 5), (end, 5.2 - lift), (end + 3, 4.3 - lift), (0.5 * w, 2.9 - lift),
-                                  (0.8 * w, 2.2 - lift), (1.2 * w, 0.9 - lift), (40, 0)))  # fmt: skip
-            shaft = through((-20, 1), (end, 1.1), (end + 2.5, 0.75), (0.6 * w, 0.6), (1.1 * w, 0.7), (40, 0.7))
-            ends = np.clip((AXIS - end) / 1.2, 0, 1) * np.clip((1.25 * w - AXIS) / 1.5, 0, 1)
-            widths.append(shaft * np.sqrt(ends) + 1e-3)
-        slope = np.gradient(np.stack(curves), SPAN / CELLS, axis=1)
+        curve = through(
+            (-20, 5), (1.6, 5.2), (4.6, 4.3), (0.5 * w, 2.9), (0.8 * w, 2.2), (1.2 * w, 1), (40, 0)
+        )
+        shaft = through((-20, 1), (1.6, 1.1), (4.1, 0.75), (0.6 * w, 0.6), (40, 0.7))
+        ends = np.clip((AXIS - 1.6) / 1.2, 0, 1) * np.clip((1.25 * w - AXIS) / 1.5, 0, 1)
+        slope = np.gradient(curve, SPAN / CELLS)
+        width = shaft * np.sqrt(ends * (1 + slope * slope)) + 1e-3
         z = self.window(-26, 26, -1.5 - lift, 7 - lift)
-        ia = self.ia[z]
-        d = np.abs(self.v[z] - self.sided(curves, ia)) / self.sided(widths * np.sqrt(1 + slope * slope), ia)
-        bone = smooth((1 - d) / np.float32(max(0.25, 1.2 * self.px)) + 0.5) * (0.8 + 0.2 * np.minimum(d, 1))
-        film[z] += np.float32(0.34 * body.bone) * bone
-        # The blade lies over the outer lung unless the shoulders are rolled forward.
-        inner = w * (0.66 + 0.25 * pose.arms)
+        along = self.index(self.a[z] + np.where(self.side[z], -0.6 * pose.yaw, 0.6 * pose.yaw))
+        d = np.abs(self.v[z] - self.at(curve - lift, along)) / self.at(width, along)
+        bone = smooth((1 - d) / max(0.25, 1.2 * self.px) + 0.5) * (0.8 + 0.2 * np.minimum(d, 1))
+        film[z] += 0.34 * body.bone * bone
+
+    def scapulae(self, film):
+        """The blade lies over the outer lung unless the shoulders are rolled forward."""
+        w = self.body.half_width
+        inner = w * (0.66 + 0.25 * self.pose.arms)
         corners = np.array([(inner, 1.0), (1.22 * w, 3.6), (inner + 0.14 * w, 14)], np.float32)
         z = self.window(-26, 26, 0, 15)
         near = np.float32(9)
-        for (u0, v0), (u1, v1) in zip(corners, np.roll(corners, -1, 0)):
+        for (u0, v0), (u1, v1) in zip(corners, np.roll(corners, -1, 0), strict=True):
             n = np.array([v0 - v1, u1 - u0]) / np.hypot(v0 - v1, u1 - u0)
             near = np.minimum(near, self.a[z] * n[0] + (self.v[z] * n[1] - (u0 * n[0] + v0 * n[1])))
         border = 0.09 * smooth(AXIS / 0.5 + 0.5) + 0.09 * np.exp(-((AXIS - 0.4) ** 2) / 0.1)
-        film[z] += self.at(body.bone * border, self.index(near))
+        film[z] += self.at(self.body.bone * border, self.index(near))
 
-    def arms(self, film):
-        """Add the bones of the upper arms."""
-        body, u = self.body, 1.28 * self.body.half_width - 0.2
-        w = self.window(-40, 40, 4, 40)
-        across, along = self.arm_axis(w)
-        shaft = self.at(0.6 * body.bone * hollow(AXIS / 1.2, 0.35), self.index(across))
-        film[w] += shaft * self.at(smooth((AXIS - 0.5) / 3), self.index(along))
-        w = self.window(-u - 3, u + 3, 1, 6.5)
-        x, y = (self.a[w] - np.float32(u)) / np.float32(2.4), (self.v[w] - np.float32(3.8)) / np.float32(2.4)
-        head = np.maximum(1 - x * x - y * y, 0)
-        film[w] += np.float32(0.2 * body.bone) * smooth(head * 3) * np.sqrt(head + np.float32(0.4))
+    def humeri(self, film):
+        """Heads and shafts of the upper arms."""
+        bone, u = self.body.bone, 1.28 * self.body.half_width - 0.2
+        for w, across, along in self.arms():
+            shaft = self.at(0.6 * bone * hollow(AXIS / 1.2, 0.35), across)
+            film[w] += shaft * self.at(smooth((AXIS - 0.5) / 3), along)
+        for centre in (-u, u):
+            w, inside = self.ellipse(centre, 3.8, 2.4, 2.4)
+            head = np.maximum(inside, 0)
+            film[w] += 0.2 * bone * smooth(head * 3) * np.sqrt(head + 0.4)
 
     def spine(self, film):
-        """Add vertebral bodies, discs, pedicles, and the descending aorta beside them."""
+        """Vertebral bodies, discs, pedicles, and the descending aorta beside them."""
         w = self.window(-3, 3, -20, 40)
-        part = (self.vertebra_of + 0.5) % 1 - 0.5
-        bodies = (0.05 + 0.06 * smooth((AXIS + 1) / 4)) * smooth((0.45 - np.abs(part)) / 0.14) + 0.12
-        pedicles = np.exp(-(((part + 0.05) / 0.16) ** 2)) * smooth((AXIS + 1) / 3)
         iv, ia = self.iv[w], self.ia[w]
+        part = (self.vertebra_of + 0.5) % 1 - 0.5
+        bodies = (0.05 + 0.06 * smooth((AXIS + 1) / 4)) * smooth((0.45 - np.abs(part)) / 0.14)
         half = self.at(through((-20, 1.1), (-3, 1.3), (10, 1.7), (30, 2.1), (40, 2.1)), iv)
-        out = self.at(bodies, iv) * smooth((half - self.a[w]) / np.float32(0.6) + 0.5)
-        beside = 0.07 * np.exp(-(((np.abs(AXIS) - 1.15) / 0.3) ** 2)) + 0.07 * np.exp(-((AXIS / 0.35) ** 2))
-        out += self.at(pedicles, iv) * self.sided([beside, beside], ia)
-        out *= np.float32(self.body.bone)
+        out = self.at(bodies + 0.12, iv) * smooth((half - self.a[w]) * (1 / 0.6) + 0.5)
+        pedicles = np.exp(-(((part + 0.05) / 0.16) ** 2)) * smooth((AXIS + 1) / 3)
+        beside = np.exp(-(((np.abs(AXIS) - 1.15) / 0.3) ** 2)) + np.exp(-((AXIS / 0.35) ** 2))
+        out += self.at(0.07 * pedicles, iv) * self.sided([beside, beside], ia)
+        out *= self.body.bone
         aorta = 0.14 * chord((AXIS - 1.2) / 1.5)
         out += self.sided([0 * aorta, aorta], ia) * self.at(smooth((AXIS - 6) / 3), iv)
         film[w] += out
 
     def wires(self):
-        """Queue what is thin and outside the lungs: devices, calcium, electrodes, bowel gas, skin."""
+        """Queue what is thin and outside the lungs: devices, calcium, electrodes, gas, skin."""
         body, pose, w = self.body, self.pose, self.body.half_width
         rng = np.random.default_rng((*pose.seed, 1))
         for name, site in self.devices.items():
             getattr(self, f"_{name}")(site)
         if body.calcified:
             v = np.linspace(0.25, 0.38, 12) * (self.base - body.dome)
-            self.stroke(np.stack([np.interp(v, AXIS, self.edges[1]) - 0.15, v], 1), 0.12, 0.35)
+            u = np.interp(v, AXIS, self.edges[1]) - 0.15
+            self.stroke(np.stack([u, v], 1), 0.12, 0.35)
         if pose.nipples:
             self.dots([-0.62 * w, 0.62 * w], 0.74 * self.base + rng.normal(0, 0.3, 2), 0.4, 0.16)
         if pose.fold:
-            x, sign = rng.uniform(0.55, 0.85), rng.choice([-1, 1])
-            self.stroke([(sign * x * w, 2), (sign * (x + 0.05) * w, 12), (sign * (x - 0.1) * w, 24)], 0.25, 0.07)
+            x, sign = rng.uniform(0.55, 0.85), rng.choice([-w, w])
+            way = [(sign * x, 2), (sign * (x + 0.05), 12), (sign * (x - 0.1), 24)]
+            self.stroke(way, 0.25, 0.07)
         if pose.electrodes:
             out = rng.uniform(-1, 1) * w
-            for u, v in zip(rng.uniform(-0.8, 0.8, 3) * w, rng.uniform(3, 24, 3)):
+            for u, v in rng.uniform((-0.8 * w, 3), (0.8 * w, 24), (3, 2)):
                 self.dots(u, v, 0.35, 0.3)
                 self.stroke([(u, v), (u + rng.normal(0, 4), v + 6), (out, 32)], 0.08, 0.3)
         gas = rng.integers(0, 4)
-        u, v, size = rng.uniform(-0.8, 0.95, gas) * w, self.base + rng.uniform(2, 9, gas), rng.uniform(0.7, 1.6, gas)
+        size = rng.uniform(0.7, 1.6, gas)
+        u, v = rng.uniform(-0.8, 0.95, gas) * w, self.base + rng.uniform(2, 9, gas)
         self.dots(u, v, size, -2.5 * size**2)
 
     def _tube(self, site):
-        sign, carina = (-1, 1)[site["side"]], 7.2 + 0.3 * self.pose.inspiration
-        x, w = 0.45 * self.pose.yaw, self.body.half_width
+        sign, x, w = (-1, 1)[site["side"]], 0.45 * self.pose.yaw, self.body.half_width
         if site["kind"] == "endotracheal tube":
-            for offset in (-0.35, 0.35):
-                self.stroke([(x + 2 * offset, -14), (x + offset, -5), (x + offset, carina - site["tip"])], 0.1, 0.35)
+            for wall in (-0.35, 0.35):
+                tip = (x + wall, self.carina - site["tip"])
+                self.stroke([(x + 2 * wall, -14), (x + wall, -5), tip], 0.1, 0.35)
         elif site["kind"] == "nasogastric tube":
-            way = [(x + 0.6, -14), (0.5, 0), (0.9, 12), (1.2, self.base - 4), (4, self.base + 1), (7, self.base)]
-            self.stroke(way, 0.17, 0.45)
+            stomach = [(1.2, self.base - 4), (4, self.base + 1), (7, self.base)]
+            self.stroke([(x + 0.6, -14), (0.5, 0), (0.9, 12), *stomach], 0.17, 0.45)
         else:
-            self.stroke([(sign * (w + 6), 20), (sign * w, 15), (sign * 0.8 * w, 9), (sign * 0.55 * w, 3.5)], 0.28, 0.4)
+            chest = [(w + 6, 20), (w, 15), (0.8 * w, 9), (0.55 * w, 3.5)]
+            self.stroke([(sign * u, v) for u, v in chest], 0.28, 0.4)
 
     def _line(self, site):
         sign = (-1, 1)[site["side"]]
@@ -679,8 +738,8 @@ class Frontal(Projection):
         sign, floor = (-1, 1)[site["side"]], self.base - self.body.dome
         u, v = sign * 10.5, 5.0
         gu, gv = np.meshgrid(np.arange(-1.9, 2, 0.35), np.arange(-1.5, 1.6, 0.35))
-        keep = (np.abs(gu) / 2.2) ** 3 + (np.abs(gv) / 1.8) ** 3 < 1
-        self.dots(u + gu[keep], v + gv[keep], 0.22, 1.5 * 0.35**2)
+        case = (np.abs(gu) / 2.2) ** 3 + (np.abs(gv) / 1.8) ** 3 < 1
+        self.dots(u + gu[case], v + gv[case], 0.22, 1.5 * 0.35**2)
         entry = [(u, v - 1.5), (sign * 8, 1.5), (sign * 4, 2.4), (-1.4, 4.5), (-2.4, 8)]
         self.stroke([*entry, (-3, floor - 4), (-1, floor - 1), (4.5, floor - 1.2)], 0.11, 0.6)
         self.stroke([*entry, (-3.4, floor - 6), (-2.4, floor - 7.5)], 0.11, 0.6)
@@ -688,34 +747,32 @@ class Frontal(Projection):
     @functools.cached_property
     def chest(self):
         """Both lungs as they lie, whatever hides them [S, S]."""
-        return (self.a < self.wall_px) & (self.a > self.edge_px) & (self.v < self.dome_px) & (self.v > 0)
+        above = (self.v < self.dome_px) & (self.v > 0)
+        return (self.a < self.wall_px) & (self.a > self.edge_px) & above
 
     def masks(self):
         """Boolean masks of the anatomy: lungs [2], zones [6], ribs [20]."""
         level = np.clip(self.v * (3 / self.base), 0, 2.999).astype(int)
-        zones = [self.chest & self.beside(side) & (level == k) for side in (0, 1) for k in range(3)]
+        lungs = np.stack([self.chest & (self.side == side) for side in (0, 1)])
+        zones = np.stack([lung & (level == k) for lung in lungs for k in range(3)])
         ribs = np.zeros((len(RIBS), self.size, self.size), bool)
         for nearest, distance, strength in self.rib_arcs():
             bone = (np.abs(distance) < 1) & (strength > 0.03)
-            for side in (0, 1):
-                for k in range(10):
-                    ribs[10 * side + k] |= bone & (nearest == k + 1) & self.beside(side)
-        lungs = np.stack([self.chest & self.beside(side) for side in (0, 1)])
-        return {"lungs": lungs, "zones": np.stack(zones), "ribs": ribs}
+            for k, rib in enumerate(ribs):
+                rib |= bone & (nearest == k % 10 + 1) & (self.side == k // 10)
+        return {"lungs": lungs, "zones": zones, "ribs": ribs}
 
     def effusion_mask(self):
         """Where fluid hides the lung; lying down it spreads behind the lower two thirds."""
         top = 0.35 * self.base if self.pose.supine else self.sided(self.fluid, self.ia)
-        return self.chest & (self.v > top) & np.isin(self.side, self.findings["effusion"]["sides"])
-
-    def pneumothorax_mask(self):
-        """Where there is air outside the lung."""
-        return self.chest & (self.free_air() > 0.5)
+        sides = np.isin(self.side, self.findings["effusion"]["sides"])
+        return self.chest & (self.v > top) & sides
 
     def cardiomegaly_mask(self):
         """The heart's silhouette."""
         f = self.base - self.body.dome + 1
-        return (self.a < self.edge_px) & (self.v > 0.56 * f) & (self.v < np.minimum(self.dome_px + 0.5, f + 3))
+        floor = np.minimum(self.dome_px + 0.5, f + 3)
+        return (self.a < self.edge_px) & (self.v > 0.56 * f) & (self.v < floor)
 
 
 class Lateral(Projection):
@@ -723,27 +780,33 @@ class Lateral(Projection):
 
     def __init__(self, body, pose, findings, devices, size):
         super().__init__(body, pose, findings, devices, size)
-        k = body.depth / 22
-        hunch = body.kyphosis * np.exp(-(((AXIS - 8) / 8) ** 2))
-        self.front = through((-20, -2), (-4, -2.5), (0, -3.6 * k), (3, -6 * k), (8, -8.6 * k), (15, -10.4 * k),
-                             (20, -10.8 * k), (25, -10 * k), (40, -10 * k))  # fmt: skip
-        self.back = hunch + through((-20, 1), (-4, 2.5), (0, 5.2), (4, 8 * k), (10, 9.8 * k), (16, 10.2 * k),
-                                    (22, 9.6 * k), (28, 8.5 * k), (40, 8 * k))  # fmt: skip
-        self.spine_u = self.back - 3.2
+        k, hunch = body.depth / 22, body.kyphosis * np.exp(-(((AXIS - 8) / 8) ** 2))
+        self.front = through(
+            (-20, -2), (-4, -2.5), (0, -3.6 * k), (3, -6 * k), (8, -8.6 * k), (15, -10.4 * k),
+            (20, -10.8 * k), (25, -10 * k), (40, -10 * k),
+        )  # fmt: skip
+        self.back = hunch + through(
+            (-20, 1), (-4, 2.5), (0, 5.2), (4, 8 * k), (10, 9.8 * k), (16, 10.2 * k),
+            (22, 9.6 * k), (28, 8.5 * k), (40, 8 * k),
+        )  # fmt: skip
         self.front_px, self.back_px = self.at(self.front, self.iv), self.at(self.back, self.iv)
-        self.x = (self.u - self.front_px) / (self.back_px - self.front_px)  # 0 breastbone, 1 back
+        self.x = (self.u - self.front_px) / (self.back_px - self.front_px)  # 0 in front, 1 behind
         self.iu = self.index(self.u)
+        self.thorax = self.window(-14, 16, -2, self.base + 5)
+        self.rib_cage = self.window(-14, 16, 0, self.base + 5)
         self.domes = [self._dome(side) for side in (0, 1)]
         self.fluid = [self._fluid_level(side) for side in (0, 1)]
 
     def beside(self, side):
         """Both sides lie over each other."""
-        return np.float32(1)
+        return np.bool_(True)
 
     def _dome(self, side):
         """Height of a hemidiaphragm over u: high in front, deep behind."""
         top = self.base - self.body.dome + (0.5 - (side == 0)) * self.body.elevation
-        return top + through((-24, 2.5), (-11, 2.2), (-8, 0.8), (-3, 0), (2, 0.9), (6, 3.0), (10, 6.5), (40, 8))
+        return top + through(
+            (-24, 2.5), (-11, 2.2), (-8, 0.8), (-3, 0), (2, 0.9), (6, 3), (10, 6.5), (40, 8)
+        )
 
     def _fluid_level(self, side):
         """Upper surface of pleural fluid, deepest behind the lung."""
@@ -755,13 +818,13 @@ class Lateral(Projection):
 
     @functools.cached_property
     def heart(self):
-        """1 in the middle of the heart, 0 at its outline, negative outside: an egg that leans backwards."""
+        """An egg that leans backwards: 1 in its middle, 0 at its outline, negative outside."""
         body = self.body
         ratio = self.findings.get("cardiomegaly", {"ratio": body.cardiothoracic})["ratio"]
         r = 13 * ratio * body.half_width / 14
-        v = self.v - np.float32(self.base - body.dome - 0.3 * r)
-        u = self.u - np.float32(0.92 * r - 9.8 * body.depth / 22)
-        x, y = (u + np.float32(0.35) * v) / np.float32(0.95 * r), v / np.float32(1.15 * r)
+        v = self.v - (self.base - body.dome - 0.3 * r)
+        u = self.u - (0.92 * r - 9.8 * body.depth / 22)
+        x, y = (u + 0.35 * v) * (1 / (0.95 * r)), v * (1 / (1.15 * r))
         return 1 - x * x - y * y
 
     def locate(self, site):
@@ -771,79 +834,61 @@ class Lateral(Projection):
         u = front + site["behind"] * (back - front)
         return u, min(v, self.value(self.domes[site["side"]], u) - 1)
 
-    def render(self):
-        """Attenuation [S, S]."""
-        air = self.lungs()
-        air *= self.grain()
-        lung = np.minimum(air * np.float32(1 / 8), 1)
-        film = self.flesh()
-        film -= np.float32(1 - LUNG) * air
-        film *= np.float32(SOFT)
-        self.vessels()
-        inside = self.painted()
-        inside *= lung
-        if "pneumothorax" in self.findings:
-            free = np.float32(0.5) * self.free_air()  # the other lung is in front of it
-            inside *= 1 - free
-            film -= np.float32(SOFT * LUNG * 1.3) * air * free
-        film += inside
-        self.lesions(film, lung)
-        self.airways(film)
-        self.ribs(film)
-        self.bones(film)
-        self.wires()
-        film += self.painted()
-        return film
-
     def lungs(self):
-        """Path through aerated lung, both sides."""
-        x = np.minimum(np.abs(2 * self.x - 1), 1)
+        """Path through aerated lung of both sides, in the thorax."""
+        w, iv, iu = self.thorax, self.iv[self.thorax], self.iu[self.thorax]
+        x = np.minimum(np.abs(2 * self.x[w] - 1), 1)
         width = 0.75 * self.body.half_width * smooth((AXIS + 1.5) / 10)
-        out = self.at(width, self.iv) * np.sqrt(1 - x**5)
-        floor = [self.at(np.minimum(d, f), self.iu) for d, f in zip(self.domes, self.fluid)]
-        out *= sum(smooth((f - self.v) / np.float32(max(0.4, self.px)) + 0.5) for f in floor)
+        out = self.at(width, iv) * np.sqrt(1 - x**5)
+        shown = smooth(AXIS / max(0.4, self.px) + 0.5)
+        floors = np.minimum(self.domes, self.fluid)
+        out *= sum(self.at(shown, self.index(self.at(f, iu) - self.v[w])) for f in floors)
         # Great vessels and muscle between the lungs, above the heart.
-        column = smooth((5.5 - np.abs(self.u + 0.5)) / 5) * self.at(0.5 * smooth((18 - AXIS) / 12), self.iv)
-        out *= 1 - np.maximum(np.float32(0.55) * smooth(1.3 * self.heart), column)
+        column = self.at(smooth((5.5 - np.abs(AXIS + 0.5)) / 5), iu)
+        column *= self.at(0.5 * smooth((18 - AXIS) / 12), iv)
+        out *= 1 - np.maximum(0.55 * smooth(1.3 * self.heart[w]), column)
         return out
 
     def free_air(self):
-        """Air in front of and above one lung; queues the line of its pleura."""
-        gap = self.findings["pneumothorax"]["gap"]
-        v = AXIS[(AXIS > 1.2 * gap) & (AXIS < self.base - 6)][::4]
-        self.stroke(np.stack([np.interp(v - gap, AXIS, self.front) + gap, v], 1), 0.12, 0.12)
+        """Where in the thorax air lies before and above one lung; queues the line of its pleura."""
+        w, gap = self.thorax, self.findings["pneumothorax"]["gap"]
         edge = np.interp(AXIS - gap, AXIS, self.front) + gap
-        return np.maximum(smooth((self.at(edge, self.iv) - self.u) / 0.3), smooth((1.2 * gap - self.v) / 0.3))
+        v = AXIS[(AXIS > 1.2 * gap) & (AXIS < self.base - 6)][::4]
+        self.stroke(np.stack([np.interp(v, AXIS, edge), v], 1), 0.12, 0.12)
+        ahead = smooth((self.at(edge, self.iv[w]) - self.u[w]) * (1 / 0.3))
+        above = self.at(smooth((1.2 * gap - AXIS) / 0.3), self.iv[w])
+        # The other lung is in front of it: half the beam meets free air.
+        return 0.5 * np.maximum(ahead, above)
 
     def flesh(self):
         """Path through soft tissue, as if there were no air in the body."""
         body = self.body
-        belly = 0.8 * body.fat * smooth((AXIS - 16) / 10)
+        belly = 0.8 * body.fat * smooth((AXIS - 16) / 10) - 2.5 * smooth((2 - AXIS) / 4)
         bust = 1.3 * body.breast * np.exp(-np.abs((AXIS - 0.68 * self.base) / 5) ** 2.5)
-        ahead = self.front - 1.6 - 0.7 * body.fat - belly - bust - 2.5 * smooth((2 - AXIS) / 4)
+        ahead = self.front - 1.6 - 0.7 * body.fat - belly - bust
         behind = self.back + 2.2 + body.fat + 1.5 * smooth((6 - AXIS) / 8)
         middle, scale = 0.5 * (ahead + behind), 2 / (behind - ahead)
-        x = np.minimum(np.abs((self.u - self.at(middle, self.iv)) * self.at(scale, self.iv)), 1)
-        width = 2 * (body.half_width + 2 + body.fat)
-        width = through((-20, 14), (-6, 18), (-1, 0.8 * width), (4, width), (14, width), (40, width * 1.05))
-        out = self.at(width, self.iv) * np.sqrt(1 - x * x * x)
+        x = np.abs((self.u - self.at(middle, self.iv)) * self.at(scale, self.iv))
+        full = 2 * (body.half_width + 2 + body.fat)
+        width = through((-20, 14), (-6, 18), (-1, 0.8 * full), (4, full), (14, full), (40, full))
+        out = self.at(width, self.iv) * np.sqrt(1 - np.minimum(x, 1) ** 3)
         # The arms are raised out of the way, forwards.
         w = self.window(-30, 10, -24, 6)
-        u, v = self.u[w], self.v[w]
-        arm = self.at(11 * chord(AXIS / 5), self.index(0.8 * u - 0.6 * v - 1.5)) * smooth((2 - 0.8 * v - 0.6 * u) / 6)
-        out[w] = np.maximum(out[w], arm)
+        across, along = 0.8 * self.u[w] - 0.6 * self.v[w] - 1.5, 0.6 * self.u[w] + 0.8 * self.v[w]
+        arm = self.at(11 * chord(AXIS / 5), self.index(across))
+        out[w] = np.maximum(out[w], arm * self.at(smooth((2 - AXIS) / 6), self.index(along)))
         if self.pose.stomach:
-            g = self.pose.stomach
-            self.ball(out, -4, -2, self.value(self.domes[1], -2) + 1 + 0.8 * g, 1.3 * g, 0.8 * g)
+            g, top = self.pose.stomach, self.value(self.domes[1], -2)
+            self.ball(out, -4, -2, top + 1 + 0.8 * g, 1.3 * g, 0.8 * g)
         return out
 
     def airways(self, film):
         """Remove the air of the trachea, which runs backwards as it goes down."""
         w = self.window(-4, 6, -12, 12)
-        iv = self.iv[w]
         axis = through((-20, -1.5), (-5, -0.8), (0, 0.2), (9, 2.4), (40, 3))
-        depth = SOFT * 1.9 * smooth((AXIS + 9) / 3) * smooth((11 - AXIS) / 2.5)
-        film[w] -= self.at(depth, iv) * chord((self.u[w] - self.at(axis, iv)) / np.float32(0.9))
+        air = SOFT * 1.9 * smooth((AXIS + 9) / 3) * smooth((11 - AXIS) / 2.5)
+        x = (self.u[w] - self.at(axis, self.iv[w])) * (1 / 0.9)
+        film[w] -= self.at(air, self.iv[w]) * chord(x)
 
     def vessels(self):
         """Queue both trees, which leave from hila that nearly coincide."""
@@ -852,67 +897,62 @@ class Lateral(Projection):
         scale = 0.42 * body.depth
         r, step = r * scale * 1.2, step * scale
         u, v = 1.0 + 1.6 * side + scale * x, 11.2 - 1.4 * side + 1.15 * scale * y
-        self.dots(u, v, 0.6 * np.maximum(r, step), 1.1 * body.vascularity * r**1.55 * step)
+        amount = 1.1 * body.vascularity * r**1.55 * step
+        self.dots(u, v, 0.6 * np.maximum(r, step), amount)
         self.dots([1.5, 2.4], [10.5, 9.6], 1.3, 1.8)
 
     def rib_arcs(self, w=EVERYWHERE):
         """Per side: which rib, signed distance in half widths, strength."""
         u, x = self.u[w], self.x[w]
-        strength = np.float32(0.14 * self.body.bone) * smooth((x - 0.12) / 0.15) * smooth((1.08 - x) / 0.04)
+        shown = smooth((x - 0.12) * (1 / 0.15)) * smooth((1.08 - x) * (1 / 0.04))
+        shown *= 0.14 * self.body.bone
         for side in (0, 1):
-            y = self.v[w] - np.float32(0.55) * (self.back_px[w] - u) - np.float32(0.9 * side)
+            y = self.v[w] - 0.55 * (self.back_px[w] - u) - 0.9 * side
             rib = self.at(self.vertebra_of, self.index(y))
             nearest = np.rint(rib)
             rib -= nearest
-            rib *= np.float32(0.87 * RIB_SPACING / self.body.rib_half_width)
-            shown = strength * ((nearest > 0.5) & (nearest < 11.5))
+            rib *= 0.87 * RIB_SPACING / self.body.rib_half_width
+            strength = shown * ((nearest > 0.5) & (nearest < 11.5))
             if self.findings.get("fracture", {"side": -1})["side"] == side:
-                self.break_ribs(nearest, rib, shown, lambda at: at - u)
-            yield nearest, rib, shown
+                self.break_ribs(nearest, rib, strength, lambda at: at - u)
+            yield nearest, rib, strength
 
     def break_point(self, rib):
         """Where a broken rib is broken."""
         site = self.findings["fracture"]
-        behind = 1 - 0.6 * site["across"]
-        v = start = float(np.interp(rib, VERTEBRAE, self.vertebra_v)) + 0.9 * site["side"]
+        ahead = 0.6 * site["across"]
+        start = float(np.interp(rib, VERTEBRAE, self.vertebra_v)) + 0.9 * site["side"]
+        v = start
         for _ in range(6):
             front, back = self.value(self.front, v), self.value(self.back, v)
-            v = start + 0.55 * (1 - behind) * (back - front)
-        return front + behind * (back - front), v
-
-    def ribs(self, film):
-        """Add the ribs of both sides."""
-        w = self.window(-14, 16, 0, 40)
-        d = np.arange(256, dtype=np.float32) / 128
-        profile = smooth((1 - d) / max(0.25, 0.8 * self.px) + 0.5) * (0.62 + 0.55 * np.minimum(d, 1) ** 3)
-        for _, distance, strength in self.rib_arcs(w):
-            film[w] += strength * self.at(profile, (np.abs(distance) * 128).astype(np.intp))
+            v = start + 0.55 * ahead * (back - front)
+        return back - ahead * (back - front), v
 
     def bones(self, film):
         """Add spine and breastbone."""
-        bone = np.float32(self.body.bone)
         part = (self.vertebra_of + 0.5) % 1 - 0.5
-        plates = np.exp(-(((np.abs(part) - 0.4) / 0.06) ** 2))
-        bodies = 0.2 * smooth((0.45 - np.abs(part)) / 0.1) + 0.16 * plates + 0.05
-        d = np.abs(self.u - self.at(self.spine_u, self.iv))
-        out = self.at(bodies, self.iv) * smooth((1.7 - d) / np.float32(0.4) + 0.5)
-        arch = self.at(0.16 * np.exp(-((AXIS / 0.9) ** 2)), self.index(self.u - self.back_px + np.float32(0.6)))
-        out += self.at(0.6 + 0.4 * np.cos(2 * np.pi * part), self.iv) * arch
-        sternum = self.at(0.3 * smooth((AXIS - 2) / 2) * smooth((20 - AXIS) / 2), self.iv)
-        out += sternum * smooth((0.9 - np.abs(self.u - self.front_px + 0.5)) / np.float32(0.4))
-        film += bone * out
+        plates = 0.16 * np.exp(-(((np.abs(part) - 0.4) / 0.06) ** 2))
+        bodies = 0.2 * smooth((0.45 - np.abs(part)) / 0.1) + plates + 0.05
+        column = smooth((1.7 - np.abs(AXIS + 3.2)) / 0.4 + 0.5)
+        behind = self.index(self.u - self.back_px)
+        out = self.at(bodies, self.iv) * self.at(column, behind)
+        arches, beam = 0.6 + 0.4 * np.cos(2 * np.pi * part), np.exp(-(((AXIS + 0.6) / 0.9) ** 2))
+        out += self.at(0.16 * arches, self.iv) * self.at(beam, behind)
+        sternum, plate = smooth((AXIS - 2) / 2) * smooth((20 - AXIS) / 2), np.abs(AXIS + 0.5)
+        ahead = self.index(self.u - self.front_px)
+        out += self.at(0.3 * sternum, self.iv) * self.at(smooth((0.9 - plate) / 0.4), ahead)
+        out *= self.body.bone
+        film += out
 
     def wires(self):
         """Queue devices, the shoulder blades' borders, the aortic arch."""
         for shift in (0, 1.6):
             self.stroke([(4 + shift, -2), (6.5 + shift, 5), (8.6 + shift, 13)], 0.3, 0.13)
-        arch = np.linspace(-0.4, np.pi, 14)
-        radius = 3 + 0.6 * self.body.knob
-        points = np.stack([1.2 - radius * np.cos(arch), 9.5 - radius * np.sin(arch)], 1)
-        points = np.concatenate([points, [(4.6, 13), (4.4, 19)]])
-        self.stroke(points, 1.3, 0.16)
+        turn, radius = np.linspace(-0.4, np.pi, 14), 3 + 0.6 * self.body.knob
+        arch = np.stack([1.2 - radius * np.cos(turn), 9.5 - radius * np.sin(turn)], 1)
+        self.stroke([*arch, (4.6, 13), (4.4, 19)], 1.3, 0.16)
         if self.body.calcified:
-            self.stroke(points[5:12] + 0.4, 0.12, 0.3)
+            self.stroke(arch[5:12] + 0.4, 0.12, 0.3)
         for name, site in self.devices.items():
             getattr(self, f"_{name}")(site)
 
@@ -920,7 +960,8 @@ class Lateral(Projection):
         if site["kind"] == "endotracheal tube":
             self.stroke([(-1.4, -14), (-0.8, -5), (1.7, 7.5 - site["tip"])], 0.3, 0.4)
         elif site["kind"] == "nasogastric tube":
-            self.stroke([(0.5, -14), (1, -4), (3.4, 8), (3.5, 18), (1, self.base), (-3, self.base + 1)], 0.17, 0.5)
+            stomach = [(1, self.base), (-3, self.base + 1)]
+            self.stroke([(0.5, -14), (1, -4), (3.4, 8), (3.5, 18), *stomach], 0.17, 0.5)
         else:
             self.stroke([(0, 22), (2, 15), (3, 9), (1, 3.5)], 0.28, 0.4)
 
@@ -935,24 +976,30 @@ class Lateral(Projection):
         u, floor = self.value(self.front, 5) - 0.8, self.base - self.body.dome
         gu, gv = np.meshgrid(np.arange(-0.5, 0.6, 0.3), np.arange(-1.6, 1.7, 0.3))
         self.dots(u + gu + 0.3 * gv, 5.5 + gv, 0.22, 1.5 * 0.3**2)
-        self.stroke([(u, 4), (-4, 2), (-2, 5), (-1, 10), (-2, floor - 3), (-6, floor - 2)], 0.11, 0.6)
+        lead = [(-4, 2), (-2, 5), (-1, 10), (-2, floor - 3), (-6, floor - 2)]
+        self.stroke([(u, 4), *lead], 0.11, 0.6)
+
+    @functools.cached_property
+    def lung_outlines(self):
+        """Each lung as it lies, whatever hides it [2, S, S]."""
+        inside = (self.x > 0) & (self.x < 1) & (self.v > 0)
+        return np.stack([inside & (self.v < self.at(dome, self.iu)) for dome in self.domes])
+
+    @property
+    def chest(self):
+        """Both lungs [S, S]."""
+        return self.lung_outlines.any(0)
 
     def masks(self):
-        """Boolean masks: one outline serves both lungs; zones and ribs cannot be told apart from the side."""
-        inside = (self.x > 0) & (self.x < 1) & (self.v > 0)
-        lungs = [inside & (self.v < self.at(dome, self.iu)) for dome in self.domes]
+        """Boolean masks: from the side, zones and ribs cannot be told apart."""
         none = np.zeros((len(RIBS), self.size, self.size), bool)
-        return {"lungs": np.stack(lungs), "zones": none[: len(ZONES)], "ribs": none}
+        return {"lungs": self.lung_outlines, "zones": none[: len(ZONES)], "ribs": none}
 
     def effusion_mask(self):
         """Where fluid hides a lung."""
         fluid = np.stack([self.v > self.at(level, self.iu) for level in self.fluid])
-        return (fluid & self.masks()["lungs"]).any(0)
-
-    def pneumothorax_mask(self):
-        """Where there is air outside a lung."""
-        return self.masks()["lungs"].any(0) & (self.free_air() > 0.5)
+        return (fluid & self.lung_outlines).any(0)
 
     def cardiomegaly_mask(self):
         """The heart's silhouette."""
-        return (self.heart > 0) & self.masks()["lungs"].any(0)
+        return (self.heart > 0) & self.chest

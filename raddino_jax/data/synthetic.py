@@ -1,13 +1,14 @@
-"""Synthetic chest radiographs: drawn patients with known findings, for trying the system without patient data.
+"""Synthetic chest radiographs: drawn patients with known findings, to try the system without data.
 
-A film is a function of (seed, index) alone and looks the same at every size. What is wrong with a patient is drawn
-independently of how the film was taken (exposure, pose, collimation, noise) and of the patient's build, and findings
-are independent of each other, so nothing but the finding itself gives it away. Patients have one to four films.
+A film is a function of (seed, index) alone and looks the same at every size. What is wrong with a
+patient is drawn independently of how the film was taken (exposure, pose, collimation, noise) and of
+the patient's build, and findings are independent of each other, so that nothing but a finding
+itself gives it away. Patients have one to four films.
 
     films = Synthetic(10_000, image_size=224)
-    films[3]                      uint8 [224, 224]
-    films.labels(3)               {"effusion": 0.0, ..., "sex": "F", "age": 61.0, "view": "PA", ...}, cheap
-    films.film(3, masks=True)     image, labels, sentence, masks of lungs, zones, ribs and findings
+    films[3]                     uint8 [224, 224]
+    films.labels(3)              {"effusion": 0.0, ..., "sex": "F", "age": 61.0, "view": "PA", ...}
+    films.film(3, masks=True)    image, labels, sentence, masks of lungs, zones, ribs and findings
 """
 
 import dataclasses
@@ -23,11 +24,12 @@ FINDINGS = ("effusion", "pneumothorax", "nodule", "opacity", "cardiomegaly", "fr
 PREVALENCE = (0.25, 0.20, 0.22, 0.25, 0.25, 0.15)
 DEVICES = ("tube", "line", "pacemaker")
 VIEWS = ("PA", "AP", "LATERAL")
+VIEW_SHARES = (0.55, 0.32, 0.13)
 
 ROOMS = ("block", "patient", "film", "sites", "vessels", "texture", "grain")  # of random numbers
 BLOCK = 10  # consecutive films that are shared out among patients of 1-4 films
 LASTING = 0.7  # chance that a finding (or its absence) is the same on another film of the patient
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Technique:
     level: float  # window position, fraction of the window
     contrast: float
     gamma: float
-    black: float  # grey of air and of bone
-    white: float
+    black: float  # grey of air
+    white: float  # grey of metal
     equalise: float  # how much of the slow variation the software removes
     blur: float  # cm
     noise: float  # grey levels
@@ -62,7 +64,7 @@ class Technique:
     skew: float  # of the collimator, radians
     outside: float  # grey of what is collimated away
     letter: str  # "L", "R" or none
-    place: tuple  # of the letter: cm from the corner, size, angle
+    place: tuple  # of the letter: cm from the side and from the top, height, angle
     seed: tuple  # key of the noise
 
 
@@ -82,8 +84,8 @@ class Case:
 class Film:
     """One film: image uint8 [S, S], what is on it, and on request boolean masks.
 
-    masks: "lungs" [2, S, S], "zones" [6, S, S], "ribs" [20, S, S] in the order of anatomy.SIDES, ZONES and RIBS,
-    and one [S, S] per finding. From the side both lungs share one outline, and zones and ribs are empty.
+    masks: "lungs" [2, S, S], "zones" [6, S, S], "ribs" [20, S, S] in the order of anatomy.SIDES,
+    ZONES and RIBS, and one [S, S] per finding. In a lateral film zones and ribs are empty.
     """
 
     image: np.ndarray
@@ -103,7 +105,7 @@ def _within(x, low, high):
 
 
 def patient_and_visit(index, seed=0):
-    """Number of the patient whose film this is (the index of the first), and how many came before."""
+    """Number of the patient of a film (the index of the first), and how many films came before."""
     block, position = divmod(index, BLOCK)
     starts = np.append(0, np.cumsum(_rng(seed, "block", block).integers(1, 5, BLOCK)))
     start = int(starts[starts <= position][-1])
@@ -117,31 +119,33 @@ def patient(number, seed=0):
     male = rng.random() < 0.53
     age = _within(rng.normal(57, 18), 18, 92)
     bmi = _within(26.5 + 5 * rng.normal() + 1.5 * abs(rng.normal()), 16, 46)
-    taller = rng.normal(0, 0.07)
-    old, n = max(age - 45, 0), rng.normal(size=16).tolist()
+    weight = bmi * ((1.77 if male else 1.64) + (taller := rng.normal(0, 0.07))) ** 2
+    bust = 0.12 * (bmi - 33) if male else 2.2 + 0.15 * (bmi - 22) + 0.7 * rng.normal()
+    old, n = max(age - 45, 0), rng.normal(size=15).tolist()
     body = anatomy.Body(
-        half_width=(14.1 if male else 12.7) + 0.5 * n[1] + 0.04 * (bmi - 26),
-        height=(26.3 if male else 24.0) + 6 * taller + n[0] - 0.02 * old,
+        half_width=(14.1 if male else 12.7) + 0.5 * n[0] + 0.04 * (bmi - 26),
+        height=(26.3 if male else 24.0) + 6 * taller + n[1] - 0.02 * old,
         depth=(20.5 if male else 18.5) + 0.9 * n[2] + 0.12 * (bmi - 26) + 0.03 * old,
         fat=_within(0.6 + 0.17 * (bmi - 19) + 0.25 * n[3], 0.3, 5.5),
-        breast=max(0.12 * (bmi - 33), 0) if male else _within(2.2 + 0.15 * (bmi - 22) + 0.7 * n[4], 0.8, 6.5),
-        bone=_within((1.1 if male else 1.0) - 0.008 * old + 0.1 * n[5], 0.5, 1.4),
-        rib_half_width=(0.62 if male else 0.56) + 0.04 * n[6],
-        rib_drop=1 + 0.1 * n[7] + 0.004 * (age - 50),
-        cardiothoracic=_within(0.442 + 0.027 * n[8] + 0.0004 * (age - 50), 0.36, 0.49),
-        knob=_within(0.3 + 0.02 * (age - 40) + 0.3 * n[9], 0, 2),
+        breast=_within(bust, 0 if male else 0.8, 6.5),
+        bone=_within((1.1 if male else 1.0) - 0.008 * old + 0.1 * n[4], 0.5, 1.4),
+        rib_half_width=(0.62 if male else 0.56) + 0.04 * n[5],
+        rib_drop=1 + 0.1 * n[6] + 0.004 * (age - 50),
+        cardiothoracic=_within(0.442 + 0.027 * n[7] + 0.0004 * (age - 50), 0.36, 0.49),
+        knob=_within(0.3 + 0.02 * (age - 40) + 0.3 * n[8], 0, 2),
         calcified=rng.random() < _within((age - 55) / 50, 0, 0.6),
-        scoliosis=0.5 * n[10] * (1 + old / 60),
-        kyphosis=max(0.05 * (age - 60) + 0.6 * n[11], 0),
-        dome=_within(4.0 + 0.6 * n[12], 2.6, 5.6),
-        elevation=1.2 + 0.7 * n[13],
+        scoliosis=0.5 * n[9] * (1 + old / 60),
+        kyphosis=max(0.05 * (age - 60) + 0.6 * n[10], 0),
+        dome=_within(4.0 + 0.6 * n[11], 2.6, 5.6),
+        # One patient in twelve has one side of the diaphragm raised, which is no effusion.
+        elevation=1.2 + 0.7 * n[12] + 3 * math.copysign(rng.random() < 0.08, n[13]),
         vascularity=_within(1 + 0.15 * n[14], 0.6, 1.5),
         seed=(seed, ROOMS.index("vessels"), number),
     )
-    weight = bmi * ((1.77 if male else 1.64) + taller) ** 2
     present = tuple((rng.random(len(FINDINGS)) < PREVALENCE).tolist())
     pacemaker = {"side": int(rng.random() < 0.8)} if rng.random() < 0.09 else None
-    return Patient(number, "M" if male else "F", age, bmi, weight, body, present, _sites(rng), pacemaker)
+    sex = "M" if male else "F"
+    return Patient(number, sex, age, bmi, weight, body, present, _sites(rng), pacemaker)
 
 
 def _place(rng):
@@ -151,29 +155,28 @@ def _place(rng):
 
 
 def _sites(rng):
-    """Where and how large each finding would be if it were there (cm); small ones are common."""
-    u = rng.random(12).tolist()
-    side = int(rng.integers(2))
+    """Where and how large each finding would be if it were there (cm)."""
+    u = rng.random(17).tolist()
+    side = [int(x < 0.5) for x in u[:3]]
+    fluid = {"sides": (0, 1) if u[3] < 0.15 else (side[0],), "height": 2.5 + 10 * u[4] ** 1.6}
+    air = {"side": side[1], "gap": 1.0 + 4.5 * u[5] ** 1.8, "apical": 0.6 + 0.9 * u[6]}
+    count = 1 + int(np.searchsorted((0.7, 0.9), u[7]))
+    sizes = rng.uniform((0.7, 1.0, 0.85), (1.7, 1.5, 1.2), (count, 3)).tolist()
     nodules = [
-        _place(rng) | {"radius": r, "density": d, "aspect": a}
-        for r, d, a in rng.uniform((0.65, 0.9, 0.85), (1.7, 1.4, 1.2), (3, 3)).tolist()
+        _place(rng) | {"radius": radius, "density": density, "aspect": aspect}
+        for radius, density, aspect in sizes
     ]
-    reticular = u[6] < 0.4
-    first, count = int(rng.integers(3, 8)), 1 + int(np.searchsorted((0.6, 0.85), u[11]))
-    return {
-        "effusion": {"sides": (0, 1) if u[0] < 0.15 else (side,), "height": 2.5 + 10 * u[1] ** 1.4},
-        "pneumothorax": {"side": int(u[2] < 0.5), "gap": 1.2 + 4.5 * u[3] ** 1.6, "apical": 0.6 + 0.9 * u[4]},
-        "nodule": {"sites": nodules[: 1 if u[5] < 0.75 else 2 if u[5] < 0.92 else 3]},
-        "opacity": _place(rng) | {
-            "kind": "reticular" if reticular else "airspace", "aspect": 0.7 + 0.6 * u[7],
-            "radius": (4 if reticular else 2.6) + 3 * u[8],
-            "density": (2.5 + 1.5 * u[9]) if reticular else (3.5 + 3 * u[9]),
-            "seed": tuple(rng.integers(2**31, size=2).tolist()),
-        },
-        "cardiomegaly": {"ratio": 0.54 + 0.12 * u[10] ** 1.2},
-        "fracture": {"side": int(rng.integers(2)), "ribs": tuple(range(first, first + count)),
-                     "across": rng.uniform(0.4, 0.88), "step": rng.uniform(0.7, 1.3) * (-1) ** int(rng.integers(2))},
-    }  # fmt: skip
+    seed = tuple(rng.integers(2**31, size=2).tolist())
+    shadow = _place(rng) | {"aspect": 0.7 + 0.6 * u[8], "seed": seed}
+    if u[9] < 0.4:
+        shadow |= {"kind": "reticular", "radius": 4 + 3 * u[10], "density": 2.5 + 1.5 * u[11]}
+    else:
+        shadow |= {"kind": "airspace", "radius": 2.6 + 3 * u[10], "density": 3.5 + 3 * u[11]}
+    first, last = int(rng.integers(3, 8)), 1 + int(np.searchsorted((0.5, 0.8), u[12]))
+    broken = {"side": side[2], "ribs": tuple(range(first, first + last))}
+    broken |= {"across": 0.4 + 0.48 * u[13], "step": math.copysign(0.8 + 0.6 * u[14], u[15] - 0.5)}
+    heart = {"ratio": 0.54 + 0.12 * u[16] ** 1.2}
+    return dict(zip(FINDINGS, (fluid, air, {"sites": nodules}, shadow, heart, broken), strict=True))
 
 
 @functools.lru_cache(maxsize=256)
@@ -182,23 +185,22 @@ def case(index, seed=0):
     number, visit = patient_and_visit(index, seed)
     person = patient(number, seed)
     rng = _rng(seed, "film", index)
-    view = VIEWS[int(np.searchsorted((0.55, 0.87), rng.random()))]
-    age = person.age + visit * rng.uniform(0, 1.5)
+    view = VIEWS[int(np.searchsorted(np.cumsum(VIEW_SHARES)[:-1], rng.random()))]
+    age = person.age + 1.2 * max(visit - rng.uniform(0, 0.9), 0)  # about a year between films
     pose = _pose(rng, view, person.body, (seed, ROOMS.index("texture"), index))
     technique = _technique(rng, pose, person.body, (seed, ROOMS.index("grain"), index))
-    return Case(person, age, pose, technique, _findings(person, index, seed), _devices(rng, view, person))
+    findings = _findings(_rng(seed, "sites", index), person)
+    return Case(person, age, pose, technique, findings, _devices(rng, view, person))
 
 
-def _findings(person, index, seed):
+def _findings(rng, person):
     """Most findings last from film to film; each film keeps the prevalence of the population."""
-    rng = _rng(seed, "sites", index)
-    lasting, fresh = rng.random(len(FINDINGS)) < LASTING, rng.random(len(FINDINGS)) < PREVALENCE
+    lasting = (rng.random(len(FINDINGS)) < LASTING).tolist()
+    fresh = (rng.random(len(FINDINGS)) < PREVALENCE).tolist()
     sites, found = _sites(rng), {}
-    for name, last, old, new in zip(FINDINGS, lasting, person.present, fresh):
-        if last and old:
-            found[name] = person.sites[name]
-        elif new and not last:
-            found[name] = sites[name]
+    for k, name in enumerate(FINDINGS):
+        if person.present[k] if lasting[k] else fresh[k]:
+            found[name] = person.sites[name] if lasting[k] else sites[name]
     return found
 
 
@@ -207,10 +209,11 @@ def _devices(rng, view, person):
     u, found = rng.random(8).tolist(), {}
     chance = 0.35 if view == "AP" else 0.06
     if u[0] < chance:
-        kinds = ("endotracheal tube", "nasogastric tube", "chest tube")
-        found["tube"] = {"kind": kinds[int(3 * u[1])], "side": int(u[2] < 0.5), "tip": 2 + 2.5 * u[3]}
+        kind = ("endotracheal tube", "nasogastric tube", "chest tube")[int(3 * u[1])]
+        found["tube"] = {"kind": kind, "side": int(u[2] < 0.5), "tip": 2 + 2.5 * u[3]}
     if u[4] < chance:
-        found["line"] = {"kind": "jugular" if u[5] < 0.55 else "subclavian", "side": int(u[6] < 0.35), "tip": 3 * u[7]}
+        kind = "jugular" if u[5] < 0.55 else "subclavian"
+        found["line"] = {"kind": kind, "side": int(u[6] < 0.35), "tip": 3 * u[7]}
     if person.pacemaker:
         found["pacemaker"] = person.pacemaker
     return found
@@ -222,14 +225,13 @@ def _pose(rng, view, body, seed):
     inspiration = _within(rng.normal(*((-1.1, 1.1) if bedside else (0.3, 0.8))), -3.5, 2.2)
     base = body.height + inspiration
     half = (0.62 * body.depth if view == "LATERAL" else body.half_width) + 1.5
-    field = max(rng.normal(36.5, 2.4), 2 * half + 0.5, base + 4.5)
+    field = max(rng.normal(36.5, 2.8), 2 * half + 0.5, base + 4.5)
     room = field / 2 - half, (field - base - 4) / 2
-    off = [_within(rng.normal(0, 1.8 if bedside else 1.3), -r, r) for r in room]
-    degrees = _within(rng.normal(0, 3.5 if bedside else 1.8), -8, 8)
+    off = [_within(rng.normal(0, 1.8 if bedside else 1.3), -most, most) for most in room]
     return anatomy.Pose(
         view=view,
         field=field,
-        rotation=math.radians(degrees),
+        rotation=math.radians(_within(rng.normal(0, 3.5 if bedside else 1.8), -8, 8)),
         shift=(off[0], off[1] - (base + 0.6) / 2),
         yaw=_within(rng.normal(0, 1.1 if bedside else 0.5), -2.2, 2.2),
         inspiration=inspiration,
@@ -245,12 +247,11 @@ def _pose(rng, view, body, seed):
 
 
 def _technique(rng, pose, body, seed):
-    """Draw exposure, processing, collimation and marker."""
+    """Draw exposure, processing, collimation and marker; the shutters never hide a lung."""
     bedside = pose.view == "AP"
     side, top = pose.field / 2 - body.half_width - 2, pose.field / 2 + pose.shift[1] - 2
     room = side + pose.shift[0], top, side - pose.shift[0], 2.0
-    wanted = (rng.uniform(0, 4, 4) * (rng.random(4) < 0.45) * (rng.random() < 0.6)).tolist()
-    letter = "LR"[int(rng.random() < 0.3)] if rng.random() < 0.75 else ""
+    wanted = rng.uniform(0, 4, 4) * (rng.random(4) < 0.45) * (rng.random() < 0.6)
     return Technique(
         level=rng.normal(0, 0.05),
         contrast=_within(rng.normal(0.8 if bedside else 0.95, 0.13), 0.5, 1.3),
@@ -261,18 +262,18 @@ def _technique(rng, pose, body, seed):
         blur=rng.uniform(0, 0.14 if bedside else 0.09),
         noise=math.exp(rng.uniform(math.log(0.7), math.log(4.0))),
         tilt=(rng.normal(0, 0.04), rng.normal(0, 0.04)),
-        cut=tuple(_within(most, 0, want) for want, most in zip(wanted, room)),
+        cut=tuple(_within(most, 0, want) for want, most in zip(wanted.tolist(), room, strict=True)),
         skew=rng.normal(0, 0.012),
         outside=0.93 if rng.random() < 0.08 else rng.uniform(0, 0.06),
-        letter=letter,
-        place=(rng.uniform(1.5, 3.5), rng.uniform(1.5, 5), rng.uniform(1.0, 1.9), rng.normal(0, 0.2)),
+        letter="LR"[int(rng.random() < 0.3)] if rng.random() < 0.75 else "",
+        place=(rng.uniform(1.5, 3.5), rng.uniform(1.5, 5), rng.uniform(1, 1.9), rng.normal(0, 0.2)),
         seed=seed,
     )
 
 
 LETTERS = {
     "L": [[(0, 0), (0, 1), (0.55, 1)]],
-    "R": [[(0, 1), (0, 0), (0.4, 0.02), (0.5, 0.25), (0.4, 0.5), (0, 0.5)], [(0.25, 0.5), (0.55, 1)]],
+    "R": [[(0, 1), (0, 0), (0.4, 0.02), (0.5, 0.25), (0.4, 0.5), (0, 0.5)], [(0.2, 0.5), (0.5, 1)]],
 }
 
 
@@ -280,35 +281,32 @@ def _letter(technique, pose, size):
     """The lead letter in the upper corner of its side, grey [S, S] to add."""
     px = pose.field / size
     inset, down, height, angle = technique.place
-    left_of_picture = (technique.letter == "R") == (pose.facing == 1)
-    x0 = technique.cut[0] + inset if left_of_picture else pose.field - technique.cut[2] - inset - 0.6 * height
-    points = []
-    for stroke in LETTERS[technique.letter]:
-        stroke = np.array(stroke)
-        s = np.linspace(0, len(stroke) - 1, 24 * (len(stroke) - 1))
-        points.append(np.stack([np.interp(s, range(len(stroke)), stroke[:, k]) for k in (0, 1)], 1))
-    x, y = height * np.concatenate(points).T
-    x, y = x * np.cos(angle) - y * np.sin(angle) + x0, x * np.sin(angle) + y * np.cos(angle) + technique.cut[1] + down
+    at_left = (technique.letter == "R") == (pose.facing == 1)
+    x0 = technique.cut[0] + inset if at_left else pose.field - technique.cut[2] - inset - height
+    strokes = [anatomy.line(np.repeat(s, 2, 0), 0.04) for s in LETTERS[technique.letter]]
+    x, y = height * np.concatenate(strokes, 1)
+    x, y = x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+    x, y = (x0 + x) / px, (technique.cut[1] + down + y) / px
     sigma = np.full(x.shape, max(0.1 * height / px, 0.5))
-    return anatomy.splat(size, x / px, y / px, sigma, np.full(x.shape, 0.06 * height / px * 2.0 * sigma[0]))
+    return anatomy.splat(size, x, y, sigma, 0.12 * height / px * sigma)
 
 
 def develop(attenuation, technique, pose):
-    """Attenuation to film, uint8 [S, S]: automatic exposure, a film's S curve, noise, collimation, marker."""
+    """Attenuation to film, uint8 [S, S]: exposure, S curve, noise, collimation, marker."""
     size = len(attenuation)
     px = pose.field / size
-    thumbs = ((np.arange(35) + 0.5) / 35 * size).astype(int)
-    thumbnail = attenuation[np.ix_(thumbs, thumbs)]
+    sample = ((np.arange(THUMBNAIL) + 0.5) / THUMBNAIL * size).astype(int)
+    thumbnail = attenuation[np.ix_(sample, sample)]
     levels = np.sort(thumbnail[thumbnail > 0.4])
     low, high = levels[int(0.08 * levels.size)], levels[int(0.96 * levels.size)]
-    # The window in units of which the curve below is drawn, less the slow variation that software flattens.
-    scale = (1 + 0.6 * technique.equalise) / (high - low)
+    scale = (1 + 0.6 * technique.equalise) / float(high - low)
+    # All that varies slowly is worked out on a coarse grid: what software flattens, and the tilt.
     axis = np.linspace(-1.25, 1.25, 11)
-    slow = technique.tilt[0] * axis + technique.tilt[1] * axis[:, None]
-    slow = slow - technique.equalise * scale * (_blocks(thumbnail) - 0.5 * (low + high))
-    a = anatomy.upsample((slow + technique.level - low * scale + 1).astype(np.float32), size)
-    a += np.float32(scale) * attenuation
-    grey = np.take(_curve(technique), (a * CURVE).astype(np.intp), mode="clip")
+    slow = technique.tilt[0] * axis + technique.tilt[1] * axis[:, None] + technique.level
+    slow -= technique.equalise * scale * (_blocks(thumbnail) - 0.5 * (low + high))
+    exposure = anatomy.upsample((slow - low * scale + 1).astype(np.float32), size)
+    exposure += scale * attenuation
+    grey = np.take(_curve(technique), (exposure * CURVE).astype(np.intp), mode="clip")
     if technique.blur > 0.3 * px:
         grey = ndimage.gaussian_filter(grey, technique.blur / px, truncate=2)
     # Few photons come through where a film is bright: there the noise is strongest.
@@ -316,42 +314,44 @@ def develop(attenuation, technique, pose):
     grain = rng.random(grey.shape, np.float32) + rng.random(grey.shape, np.float32)
     grain -= 1
     grain *= grey + np.float32(0.3)
-    grey += np.float32(technique.noise / 255 * 6**0.5) * grain
+    grey += technique.noise / 255 * math.sqrt(6) * grain
     if technique.letter:
         grey += _letter(technique, pose, size)
     if any(technique.cut):
         shutter = _collimator(technique, pose, size)
-        grey = grey * shutter + np.float32(technique.outside) * (1 - shutter)
+        grey = grey * shutter + technique.outside * (1 - shutter)
     np.clip(grey, 0, 1, out=grey)
-    return (255 * grey + np.float32(0.5)).astype(np.uint8)
+    return (255 * grey + 0.5).astype(np.uint8)
 
 
 CURVE = 1024  # table cells per unit of exposure
+THUMBNAIL = 35  # pixels per side of the film that the exposure is set by
 
 
 def _curve(technique):
     """Grey over exposure, from one window below black to one above white."""
     x = np.arange(3 * CURVE, dtype=np.float32) / CURVE - 1
-    grey = (0.5001 + 0.5 * np.tanh(2.2 * technique.contrast * (x - 0.45))) ** technique.gamma
+    grey = (0.5001 + 0.5 * np.tanh(2.2 * technique.contrast * (x - 0.39))) ** technique.gamma
     return technique.black + (technique.white - technique.black) * grey
 
 
 def _blocks(thumbnail):
-    """Means [11, 11] of a thumbnail [35, 35] around the knots of a smooth field."""
-    knots = (np.arange(11) - 1) / 8 * 35
-    weights = np.exp(-0.5 * ((np.arange(35) + 0.5 - knots[:, None]) / 4) ** 2)
+    """Means [11, 11] of a thumbnail around the knots of a smooth field of 8 cells."""
+    knots = (np.arange(11) - 1) / 8 * THUMBNAIL
+    weights = np.exp(-0.5 * ((np.arange(THUMBNAIL) + 0.5 - knots[:, None]) / 4) ** 2)
     weights /= weights.sum(1, keepdims=True)
     return weights @ thumbnail @ weights.T
 
 
 def _collimator(technique, pose, size):
     """1 where the shutters are open."""
-    axis = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) * np.float32(pose.field)
-    x, y = axis + np.float32(technique.skew) * axis[:, None], axis[:, None] - np.float32(technique.skew) * axis
-    left, top, right, bottom = technique.cut
     half, width = pose.field / 2, max(0.2, pose.field / size)
-    near = np.minimum(np.minimum(x + half - left, half - right - x), np.minimum(y + half - top, half - bottom - y))
-    return np.clip(near * np.float32(1 / width) + np.float32(0.5), 0, 1)
+    axis = np.float32((np.arange(size) + 0.5) / size * pose.field - half)
+    x, y = axis + technique.skew * axis[:, None], axis[:, None] - technique.skew * axis
+    left, top, right, bottom = technique.cut
+    near = np.minimum(np.minimum(x + (half - left), (half - right) - x), y + (half - top))
+    near = np.minimum(near, (half - bottom) - y)
+    return np.clip(near * (1 / width) + 0.5, 0, 1)
 
 
 def film(index, size, seed=0, masks=False):
@@ -366,56 +366,62 @@ def film(index, size, seed=0, masks=False):
 def _masks(scene):
     found = scene.masks()
     for name in FINDINGS:
-        shape = (scene.size, scene.size)
-        found[name] = getattr(scene, f"{name}_mask")() if name in scene.findings else np.zeros(shape, bool)
+        none = np.zeros((scene.size, scene.size), bool)
+        found[name] = getattr(scene, f"{name}_mask")() if name in scene.findings else none
     return found
 
 
 def labels(index, seed=0):
     """What is known about a film, without drawing it."""
     one = case(index, seed)
-    found = {name: float(name in one.findings) for name in FINDINGS}
-    found |= {name: float(name in one.devices) for name in DEVICES}
+    known = {name: float(name in one.findings) for name in FINDINGS}
+    known |= {name: float(name in one.devices) for name in DEVICES}
     person = one.patient
-    return found | {
-        "sex": person.sex, "age": round(one.age, 1), "bmi": round(person.bmi, 1), "weight": round(person.weight, 1),
-        "view": one.pose.view, "patient_id": f"p{person.number:07d}",
-    }  # fmt: skip
+    known |= {"sex": person.sex, "age": round(one.age, 1), "bmi": round(person.bmi, 1)}
+    known |= {"weight": round(person.weight, 1), "view": one.pose.view}
+    return known | {"patient_id": f"p{person.number:07d}"}
 
 
-def _where(site):
-    return f"{anatomy.SIDES[site['side']]} {anatomy.LEVELS[int(3 * site['down'])]} zone"
+def zone(site):
+    """Name of the lung zone of a nodule or an opacity, one of anatomy.ZONES."""
+    return f"{anatomy.SIDES[site['side']]} {anatomy.LEVELS[int(3 * site['down'])]}"
 
 
 def sentence(one):
-    """The report's findings section: every finding and device with its side or zone, and no other."""
+    """The findings of a report: every finding and device with its side or zone, and no other."""
+    found, devices = one.findings, one.devices
     said = []
-    if site := one.findings.get("effusion"):
+    if site := found.get("effusion"):
         size = "Small" if site["height"] < 4 else "Moderate" if site["height"] < 8 else "Large"
-        both = len(site["sides"]) == 2
-        side = "bilateral" if both else anatomy.SIDES[site["sides"][0]]
-        said.append(f"{size} {side} pleural effusion{'s' * both}.")
-    if site := one.findings.get("pneumothorax"):
-        said.append(f"{'Small' if site['gap'] < 2 else 'Large'} {anatomy.SIDES[site['side']]} pneumothorax.")
-    if site := one.findings.get("nodule"):
-        places = [_where(s) for s in site["sites"]]
-        said.append(f"Nodule{'s' * (len(places) > 1)} in the {' and the '.join(places)}.")
-    if site := one.findings.get("opacity"):
-        said.append(f"{site['kind'].capitalize()} opacity in the {_where(site)}.")
-    if "cardiomegaly" in one.findings:
+        if len(site["sides"]) == 2:
+            said.append(f"{size} bilateral pleural effusions.")
+        else:
+            said.append(f"{size} {anatomy.SIDES[site['sides'][0]]} pleural effusion.")
+    if site := found.get("pneumothorax"):
+        size = "Small" if site["gap"] < 2 else "Large"
+        said.append(f"{size} {anatomy.SIDES[site['side']]} pneumothorax.")
+    if site := found.get("nodule"):
+        places = [f"{zone(nodule)} zone" for nodule in site["sites"]]
+        word = "Nodules" if len(places) > 1 else "Nodule"
+        said.append(f"{word} in the {' and the '.join(places)}.")
+    if site := found.get("opacity"):
+        said.append(f"{site['kind'].capitalize()} opacity in the {zone(site)} zone.")
+    if "cardiomegaly" in found:
         said.append("Cardiomegaly.")
-    if site := one.findings.get("fracture"):
-        ribs, many = " and ".join(ORDINALS[k - 1] for k in site["ribs"]), "s" * (len(site["ribs"]) > 1)
-        said.append(f"Fracture{many} of the {anatomy.SIDES[site['side']]} {ribs} rib{many}.")
+    if site := found.get("fracture"):
+        side, ribs = anatomy.SIDES[site["side"]], [ORDINALS[k - 1] for k in site["ribs"]]
+        many = "s" if len(ribs) > 1 else ""
+        said.append(f"Fracture{many} of the {side} {' and '.join(ribs)} rib{many}.")
     if not said:
         said.append("Clear lungs, normal heart size, no acute abnormality.")
-    if site := one.devices.get("tube"):
+    if site := devices.get("tube"):
         side = f"{anatomy.SIDES[site['side']]} " if site["kind"] == "chest tube" else ""
         said.append(f"{side}{site['kind']} in place.".capitalize())
-    if site := one.devices.get("line"):
-        said.append(f"{anatomy.SIDES[site['side']]} {site['kind']} central venous line.".capitalize())
-    if site := one.devices.get("pacemaker"):
-        said.append(f"{anatomy.SIDES[site['side']]} chest pacemaker.".capitalize())
+    if site := devices.get("line"):
+        side = anatomy.SIDES[site["side"]].capitalize()
+        said.append(f"{side} {site['kind']} central venous line.")
+    if site := devices.get("pacemaker"):
+        said.append(f"{anatomy.SIDES[site['side']].capitalize()} chest pacemaker.")
     return " ".join(said)
 
 
@@ -440,7 +446,6 @@ class Synthetic:
         return film(self._index(i), self.image_size, self.seed, masks)
 
     def _index(self, i):
-        i = int(i)
         if not -self.n <= i < self.n:
             raise IndexError(f"film {i} of {self.n}")
-        return i % self.n
+        return int(i) % self.n

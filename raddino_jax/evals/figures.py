@@ -164,8 +164,8 @@ def _versus(ours: dict, theirs: dict) -> str:
 def attention(encoder, films: list[np.ndarray]) -> Picture:
     """Attention of the class token in the last block, per head, over a few films."""
     films = films[:4]
-    maps = np.asarray(vit.attention_maps(encoder.model, encoder.params, encoder.preprocess(films)))
-    maps = maps[:, :, 0, 1 + encoder.model.registers :]
+    maps = np.asarray(vit.attention_maps(encoder.network, encoder.params, encoder.preprocess(films)))
+    maps = maps[:, :, 0, 1 + encoder.network.registers :]
     side = round(maps.shape[-1] ** 0.5)
     heads = maps.shape[1]
     figure, axes = _grid(len(films), heads + 2)

@@ -153,8 +153,8 @@ class Block(nn.Module):
         scale1, scale2 = (LayerScale(self.layerscale, name=f"ls{i}") for i in (1, 2))
         attn = Attention(self.heads, self.attention, self.dtype, name="attn")
         ffn = FFN[self.ffn](self.dtype, name="mlp")
-        x = residual(x, lambda t: scale1(attn(norm1(t))), attn_subset)
-        return x, residual(x, lambda t: scale2(ffn(norm2(t))), ffn_subset)
+        x = materialize(residual(x, lambda t: scale1(attn(norm1(t))), attn_subset), self.attention)
+        return x, materialize(residual(x, lambda t: scale2(ffn(norm2(t))), ffn_subset), self.attention)
 
 
 class Attention(nn.Module):
@@ -221,6 +221,15 @@ def split(tokens: Array, registers: int) -> dict[str, Array]:
     """[n, T, D] -> {"cls" [n, D], "registers" [n, R, D], "patches" [n, N, D]}."""
     first = 1 + registers
     return {"cls": tokens[:, 0], "registers": tokens[:, 1:first], "patches": tokens[:, first:]}
+
+
+def materialize(x: Array, backend: str) -> Array:
+    """The identity; on a CPU the residual stream and its gradient are written out here.
+
+    XLA's CPU backend otherwise fuses the sum of all later blocks' gradients into every norm's backward pass and computes
+    it again for each: the step took twice as long.
+    """
+    return jax.lax.optimization_barrier(x) if backend == "cpu" else x
 
 
 def attention_maps(model: ViT, params: dict, images: Array) -> Array:

@@ -1,0 +1,468 @@
+"""The seam between networks and everything that uses them: films in, image and patch features out.
+
+    e = encoders.load("rad_dino")                     # a row of ENCODERS, a workdir, a folder, a file, hf:owner/name
+    out = e(e.preprocess([images.read("film.dcm")]))  # {"cls": [n, D], "patches": [n, h, w, D]}
+
+Every encoder sees one grey channel. Those whose statistics differ by channel see the same numbers as with three: the
+difference is folded into the first layer, exactly.
+Letters: n films, S pixels per side, h w patch rows and columns, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from raddino_jax import checkpoints, sharding
+from raddino_jax import params as trees
+from raddino_jax.conversion import formats, huggingface, sources
+from raddino_jax.conversion.huggingface import Preprocess
+from raddino_jax.conversion.rules import WeightsError
+from raddino_jax.conversion.sources import Source
+from raddino_jax.data import images
+from raddino_jax.models.attention import BACKENDS
+from raddino_jax.models.clip import CLIPViT, Projected
+from raddino_jax.models.heads import DINOHead
+from raddino_jax.models.resnet import BioViLT
+from raddino_jax.models.vit import VARIANTS, ViT, resize_weights
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Row:
+    """A released encoder.
+
+    network: without weights. formats: of its files (conversion.formats.FORMATS).
+    feature: what is probed: "cls", "patch_mean", or another vector that the network names.
+    parameters: of the network built here. repository, file: of its weights on the Hugging Face Hub; home: where
+      they are, when not there. source: where the numbers of this row are from.
+    """
+
+    network: nn.Module
+    formats: tuple[str, ...]
+    preprocess: Preprocess
+    parameters: int
+    source: str
+    feature: str = "cls"
+    repository: str = ""
+    file: str = "model.safetensors"
+    home: str = ""
+
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+RAD_DINO = dict(mean=(0.5307,), std=(0.2583,))
+
+
+def _dinov2(variant: str, parameters: int, repository: str, statistics: dict, source: str) -> Row:
+    network = ViT(**VARIANTS[variant], layerscale=1.0)
+    return Row(network, formats.DINOV2, Preprocess(518, 518, **statistics), parameters, source, repository=repository)
+
+
+def _clip(size: int, parameters: int, repository: str) -> Row:
+    network = CLIPViT(1024, 24, 16, patch_size=14, image_size=size, projection=768)
+    return Row(
+        network, ("clip_hf", "clip_openai"), Preprocess(size, size, **OPENAI), parameters, "arXiv 2103.00020",
+        repository=repository,
+    )
+
+
+ENCODERS = {
+    "rad_dino": _dinov2("B", 86_580_480, "microsoft/rad-dino", RAD_DINO, "arXiv 2401.10815"),
+    "dinov2_vits14": _dinov2("S", 22_056_576, "facebook/dinov2-small", IMAGENET, "arXiv 2304.07193"),
+    "dinov2_vitb14": _dinov2("B", 86_580_480, "facebook/dinov2-base", IMAGENET, "arXiv 2304.07193"),
+    "dinov2_vitl14": _dinov2("L", 304_368_640, "facebook/dinov2-large", IMAGENET, "arXiv 2304.07193"),
+    "dinov2_vitg14": _dinov2("g", 1_136_480_768, "facebook/dinov2-giant", IMAGENET, "arXiv 2304.07193"),
+    "clip_vitl14_224": _clip(224, 303_966_208, "openai/clip-vit-large-patch14"),
+    "clip_vitl14_336": _clip(336, 304_293_888, "openai/clip-vit-large-patch14-336"),
+    "biomedclip": Row(
+        Projected(
+            ViT(**VARIANTS["B"], patch_size=16, image_size=224, layerscale=0.0, mask_token=False, offset=0.0), 512
+        ),
+        ("biomedclip",), Preprocess(224, 224, **OPENAI, centre="round"), 86_191_872, "arXiv 2303.00915",
+        repository="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", file="open_clip_pytorch_model.bin",
+    ),
+    # Statistics are those of levels 0 to 255, and films are made square by padding. "pad" in Preprocess says how.
+    "chexzero": Row(
+        CLIPViT(768, 12, 12, patch_size=32, image_size=224, projection=512), ("clip_openai",),
+        Preprocess(224, 224, (101.48761,), (83.43944,), scale=255.0, pad=320), 87_849_216,
+        "doi 10.1038/s41551-022-00936-9", home="https://github.com/rajpurkarlab/CheXzero",
+    ),
+    # Pre-training read 448 pixels, but its encoder saw them at 224: 448 is what it reconstructed.
+    "mrm": Row(
+        ViT(**VARIANTS["B"], patch_size=16, image_size=224, layerscale=0.0, mask_token=False, offset=0.0), ("mrm",),
+        Preprocess(224, 224, (0.4978,), (0.2449,), resample="bilinear", centre="round"), 85_798_656,
+        "arXiv 2301.13155", feature="patch_mean", home="https://github.com/RL4M/MRM-pytorch",
+    ),
+    "biovil_t": Row(
+        BioViLT(), ("biovil_t",),
+        Preprocess(512, 448, (0.0,), (1.0,), resample="bilinear", centre="round", stretch=True), 24_168_256,
+        "arXiv 2301.04558", feature="patch_mean", repository="microsoft/BiomedVLP-BioViL-T",
+        file="biovil_t_image_model_proj_size_128.pt",
+    ),
+}
+
+
+# --- films to network input ---------------------------------------------------------------------------------
+
+
+def square(film: np.ndarray, settings: Preprocess) -> np.ndarray:
+    """One film, uint8 [H, W] -> float32 [S, S] as the network sees it.
+
+    Raises TypeError for anything but an 8-bit grey picture, images.TooLarge for one that is far from square.
+    """
+    if film.dtype != np.uint8 or film.ndim != 2:
+        raise TypeError(
+            f"expected a film as uint8 [H, W], as data.images.read gives it; found {film.dtype} {list(film.shape)}"
+        )
+    film = _stretched(film) if settings.stretch else film
+    if settings.pad:
+        levels = _padded(film, settings.pad)
+    else:
+        levels = _centre(_short_side(film, settings.resize, settings.resample), settings.crop, settings.centre)
+    x = levels.astype(np.float32) * np.float32(settings.scale / 255)
+    x = (x - np.float32(np.mean(settings.mean))) / np.float32(np.mean(settings.std))
+    if settings.pad:
+        rows = resize_weights(settings.pad, settings.crop, 0.0, False)
+        x = rows @ x @ rows.T
+    return _standardized(x) if settings.standardize else x
+
+
+def _short_side(film: np.ndarray, size: int, resample: str) -> np.ndarray:
+    height, width = film.shape
+    short = min(height, width)
+    new = (size * width // short, size * height // short)
+    if new[0] * new[1] > images.LIMITS.max_pixels:
+        raise images.TooLarge(f"expected a film, found {width} x {height} pixels: a strip")
+    if new == (width, height):
+        return film
+    return np.asarray(Image.fromarray(film).resize(new, Image.Resampling[resample.upper()]))
+
+
+def _centre(film: np.ndarray, size: int, rounding: str) -> np.ndarray:
+    """The centre square; torchvision rounds half pixels to even, Hugging Face down."""
+    spare = [side - size for side in film.shape]
+    top, left = (round(n / 2) if rounding == "round" else n // 2 for n in spare)
+    return film[top : top + size, left : left + size]
+
+
+def _stretched(film: np.ndarray) -> np.ndarray:
+    """Minimum to 0 and maximum to 255, rounded down, in the order of operations of hi-ml-multimodal."""
+    x = film.astype(np.float64) - film.min()
+    return (x / x.max() * 255).astype(np.uint8) if x.any() else np.zeros_like(film)
+
+
+def _padded(film: np.ndarray, side: int) -> np.ndarray:
+    """Longer side to `side` by Lanczos, the rest black."""
+    ratio = side / max(film.shape)
+    height, width = (max(int(n * ratio), 1) for n in film.shape)
+    small = np.asarray(Image.fromarray(film).resize((width, height), Image.Resampling.LANCZOS))
+    out = np.zeros((side, side), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    out[top : top + height, left : left + width] = small
+    return out
+
+
+def _standardized(x: np.ndarray) -> np.ndarray:
+    """As augment.standardize does it to the views of training."""
+    x = x - x.mean()
+    return x / np.sqrt(np.square(x).mean() + np.float32(1e-6))
+
+
+def fold_grey(arrays: dict, mean: Sequence[float], std: Sequence[float]) -> dict:
+    """Parameters that do to the mean-normalised grey film what the given ones do to three normalised channels.
+
+    With z = (g - m0) / s0 and x_c = (g - m_c) / s_c, K_c x_c = K_c (s0 / s_c) z + K_c (m0 - m_c) / s_c: the kernel is
+    scaled, and the constant, equal for every patch, joins the bias or, where there is none, the positions.
+    """
+    if len(mean) == 1:
+        return arrays
+    m, s = np.asarray(mean), np.asarray(std)
+    kernel = next(name for name in arrays if name.endswith("patch_embed/kernel"))
+    bias, pos = kernel.replace("kernel", "bias"), kernel.replace("patch_embed/kernel", "pos_embed")
+    values = np.asarray(arrays[kernel], np.float64)
+    constant = np.einsum("pqcd,c->d", values, (m.mean() - m) / s)
+    folded = {kernel: values * (s.mean() / s)[:, None]}
+    if bias in arrays:
+        folded[bias] = arrays[bias] + constant
+    else:
+        folded[pos] = np.concatenate([arrays[pos][:, :1], arrays[pos][:, 1:] + constant], axis=1)
+    return arrays | {name: value.astype(np.float32) for name, value in folded.items()}
+
+
+# --- the encoder --------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """A network with weights: batch float32 [n, S, S, 1] -> {"cls" [n, D], "patches" [n, h, w, D]}, float32.
+
+    A batch is split over this host's devices. Attributes: image_size S, patch_size, width D, name, dtype, network, params,
+    settings (Preprocess), feature, notes (lines for a person: what came from where, what was assumed).
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, arrays: dict, settings: Preprocess, feature: str = "cls",
+        dtype: str = "float32", notes: Sequence[str] = (),
+    ):
+        """arrays: parameters by name; {} draws random ones. Raises WeightsError where they do not fit the network."""
+        self.mesh = sharding.make_mesh(jax.local_devices())
+        platform = jax.local_devices()[0].platform
+        self.name, self.settings, self.feature, self.dtype, self.notes = name, settings, feature, dtype, list(notes)
+        self.network = _computing(network, platform, jnp.dtype(dtype))
+        self.image_size, self.patch_size = settings.crop, _of(network, "patch_size")
+        expected = expected_params(network, self.image_size)
+        tree = fitted(expected, arrays, name) if arrays else _random(network, self.image_size)
+        folded = trees.unflatten(fold_grey(trees.flatten(tree), settings.mean, settings.std))
+        self.params = jax.device_put(folded, NamedSharding(self.mesh, P()))
+        shapes = jax.eval_shape(self._features, expected, self._blank(1))
+        self.width = shapes["cls"].shape[-1]
+        self._compiled = jax.jit(self._features)
+        self._staged = jax.jit(lambda params, batch: self.network.apply({"params": params}, batch))
+
+    def preprocess(self, films: Sequence[np.ndarray]) -> np.ndarray:
+        """Films uint8 [H, W] of any sizes -> float32 [n, S, S, 1]."""
+        return np.stack([square(np.asarray(film), self.settings) for film in films])[..., None]
+
+    def __call__(self, batch: np.ndarray) -> dict[str, Array]:
+        return self._run(self._compiled, batch)
+
+    def stages(self, batch: np.ndarray) -> dict[str, Array]:
+        """Every intermediate by the name that the network gives it."""
+        return self._run(self._staged, batch)
+
+    def _run(self, compiled, batch: np.ndarray) -> dict[str, Array]:
+        n = len(batch)
+        if batch.ndim != 4 or batch.shape[-1] != 1 or not n:
+            raise ValueError(f"expected films [n, S, S, 1] as `preprocess` gives them, found {list(batch.shape)}")
+        extra = -n % self.mesh.size
+        if extra:
+            batch = np.concatenate([batch, np.zeros((extra, *batch.shape[1:]), np.float32)])
+        out = compiled(self.params, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+        return {name: value[:n] for name, value in out.items()} if extra else out
+
+    def _features(self, params, batch: Array) -> dict[str, Array]:
+        out = self.network.apply({"params": params}, batch)
+        patches = out["patches"]
+        if patches.ndim == 3:
+            grid = [side // self.patch_size for side in batch.shape[1:3]]
+            patches = patches.reshape(len(patches), *grid, -1)
+        patches = patches.astype(jnp.float32)
+        cls = patches.mean((1, 2)) if self.feature == "patch_mean" else out[self.feature].astype(jnp.float32)
+        return {"cls": cls, "patches": patches}
+
+    def _blank(self, n: int) -> np.ndarray:
+        return np.zeros((n, self.image_size, self.image_size, 1), np.float32)
+
+
+def expected_params(network: nn.Module, image_size: int) -> dict:
+    """Shapes and dtypes of a network's parameters, without memory."""
+    blank = jax.ShapeDtypeStruct((1, image_size, image_size, 1), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), blank)["params"]
+
+
+def fitted(expected: dict, arrays: dict, what: str) -> dict:
+    """Arrays by name as a tree like `expected`. Raises WeightsError that lists what does not fit."""
+    try:
+        return trees.merge(expected, trees.unflatten(arrays), what)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+
+
+def _random(network: nn.Module, image_size: int) -> dict:
+    blank = jnp.zeros((1, image_size, image_size, 1))
+    return jax.device_get(jax.jit(network.init)(jax.random.key(0), blank)["params"])
+
+
+def _of(network: nn.Module, field: str):
+    return getattr(network.trunk if isinstance(network, Projected) else network, field)
+
+
+def _computing(network: nn.Module, platform: str, dtype: jnp.dtype) -> nn.Module:
+    """The network in a compute type, with the attention that is fast on a platform."""
+    if isinstance(network, Projected):
+        return network.clone(trunk=_computing(network.trunk, platform, dtype))
+    attention = {"attention": platform if platform in BACKENDS else "xla"} if hasattr(network, "attention") else {}
+    return network.clone(dtype=dtype, **attention)
+
+
+# --- finding weights ----------------------------------------------------------------------------------------
+
+
+def load(name_or_path: str, weights: str = "", dtype: str = "float32", feature: str = "") -> Encoder:
+    """An encoder by name (ENCODERS), or from a workdir, a Hugging Face folder, a weights file, or hf:owner/name.
+
+    weights: a file or folder with the weights of a named encoder, "" to take them from the Hugging Face Hub (its
+      cache first), "random" to build it without any file. dtype: float32 or bfloat16, of the computation.
+    feature: what "cls" holds, instead of the feature that the encoder's paper probes.
+    Raises WeightsError, with what to do.
+    """
+    if name_or_path in ENCODERS:
+        return open_row(name_or_path, ENCODERS[name_or_path], weights, dtype, feature)
+    source = open_source(name_or_path)
+    arrays = {} if weights == "random" else _backbone(_find(weights, _FORMATS) if weights else source)
+    network = (CLIPViT if source.format == "clip_hf" else ViT)(**source.fields)
+    return Encoder(name_or_path, network, arrays, source.preprocess, feature or "cls", dtype, source.notes)
+
+
+def open_row(name: str, row: Row, weights: str = "", dtype: str = "float32", feature: str = "") -> Encoder:
+    """An encoder of a row; see `load`."""
+    network, arrays, notes = row.network, {}, ["random weights"]
+    if weights != "random":
+        source = _find(weights, row.formats) if weights else _released(name, row)
+        arrays, notes = _backbone(source), source.notes
+        if isinstance(network, CLIPViT) and "proj/kernel" not in arrays:
+            network = network.clone(projection=0)  # CLIPVisionModel, saved without what joins it to text
+    return Encoder(name, network, arrays, row.preprocess, feature or row.feature, dtype, notes)
+
+
+def open_source(name_or_path: str, with_heads: bool = False) -> Source:
+    """Weights of a DINOv2 or CLIP network with all that is needed to use them; names and paths as in `load`.
+
+    with_heads: of a folder, also the heads that are in files of their own. Raises WeightsError, with what to do.
+    """
+    source = _find(name_or_path, with_heads=with_heads)
+    if source.format == "workdir":
+        return source
+    sources.describe(source, Path(source.what))
+    if name_or_path in ENCODERS:
+        source.preprocess = ENCODERS[name_or_path].preprocess
+    elif source.preprocess is None:
+        source.preprocess = Preprocess(source.fields["image_size"], source.fields["image_size"], **IMAGENET)
+        source.notes.append(
+            "no preprocessor_config.json beside the weights: films are prepared as for DINOv2, with ImageNet's statistics"
+        )
+    return source
+
+
+def load_modules(name_or_path: str) -> tuple[dict[str, dict | None], list[str]]:
+    """Weights to continue training from; names and paths as in `load`.
+
+    Returns ({"backbone": tree or None, "dino_head": ..., "ibot_head": ...}, lines that say what came from where).
+    Trees are nested dicts of numpy arrays in the types they are stored in; position embeddings have the stored grid.
+    Raises WeightsError, with what to do.
+    """
+    source = _find(name_or_path, with_heads=True)
+    modules = dict(source.modules)
+    if source.format == "biomedclip":
+        tower = {name: value for name, value in modules["backbone"].items() if name.startswith("trunk/")}
+        modules["backbone"] = {name.removeprefix("trunk/"): value for name, value in tower.items()}
+    elif source.format not in (*formats.DINOV2, "workdir", "dino_head", "mrm"):
+        raise WeightsError(f"{source.what} holds {source.format} weights: no network that DINOv2 training can continue")
+    lines = list(source.notes)
+    for name, arrays in modules.items():
+        size = sum(value.size for value in arrays.values())
+        lines.append(f"{name}: {len(arrays)} arrays, {size:,} parameters from {source.what}")
+    if "backbone" in modules and not np.any(modules["backbone"].get("mask_token", 1)):
+        lines.append("its mask token is zero: this backbone was never trained with masks")
+    return {m: trees.unflatten(modules[m]) if m in modules else None for m in ("backbone", *formats.HEADS)}, lines
+
+
+def whole_trees(source: Source) -> dict[str, dict]:
+    """The modules of a DINOv2 source as trees. Raises WeightsError where one lacks a part."""
+    network = ViT(**source.fields)
+    fitted(expected_params(network, network.image_size), _backbone(source), source.what)
+    for name in formats.HEADS:
+        if name in source.modules:
+            _check_head(source.modules[name], f"{source.what} ({name})")
+    return {name: trees.unflatten(arrays) for name, arrays in source.modules.items()}
+
+
+def _check_head(arrays: dict, what: str) -> None:
+    kernels = {name: value for name, value in arrays.items() if name.endswith("kernel")}
+    first = next((value for name, value in kernels.items() if name.split("/")[0] in ("mlp", "mlp_0")), np.zeros((1, 1)))
+    prototypes, bottleneck = arrays["last_layer/weight_v"].shape
+    head = DINOHead(prototypes, first.shape[1], bottleneck, max(len(kernels), 1))
+    blank = jax.ShapeDtypeStruct((1, first.shape[0]), jnp.float32)
+    fitted(jax.eval_shape(head.init, jax.random.key(0), blank)["params"], arrays, what)
+
+
+_FORMATS = (*formats.DINOV2, "clip_hf")  # of which a file or folder can be used without naming the encoder
+
+
+def _find(name_or_path: str, among: Sequence[str] = (), with_heads: bool = False) -> Source:
+    """Weights by name or path. among: formats to expect, all by default."""
+    if name_or_path in ENCODERS:
+        return _released(name_or_path, ENCODERS[name_or_path], with_heads)
+    kind, _, repository = name_or_path.partition(":")
+    path = huggingface.fetch_folder(repository) if kind == "hf" else Path(name_or_path)
+    if (path / "checkpoints").is_dir():
+        return _open_workdir(path)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return _open_workdir(path.parent.parent, int(path.name))
+    if not path.exists():
+        raise WeightsError(
+            f"{name_or_path!r} is neither an encoder ({', '.join(ENCODERS)}) nor a path that is there; a repository of "
+            "the Hugging Face Hub is written hf:owner/name"
+        )
+    return sources.open_path(path, among, with_heads)
+
+
+def _released(name: str, row: Row, with_heads: bool = False) -> Source:
+    if not row.repository:
+        raise WeightsError(
+            f"the weights of {name} are not on the Hugging Face Hub; get them from {row.home} and give their path: "
+            f"encoders.load({name!r}, weights='PATH') or --encoder={name} --weights=PATH"
+        )
+    file = huggingface.fetch(row.repository, row.file)
+    for head in formats.HEADS if with_heads else ():
+        huggingface.fetch(row.repository, f"{head}.safetensors", optional=True)
+    return sources.open_path(file.parent if with_heads else file, row.formats, with_heads)
+
+
+def _backbone(source: Source) -> dict:
+    if "backbone" not in source.modules:
+        raise WeightsError(f"{source.what} holds {', '.join(source.modules)}: no encoder")
+    return dict(source.modules["backbone"])
+
+
+# --- our own workdirs -----------------------------------------------------------------------------------------
+
+
+def _open_workdir(workdir: Path, step: int | None = None) -> Source:
+    """The teacher of a workdir's newest checkpoint, or of one step."""
+    config = huggingface.read_json(workdir / "config.json")
+    try:
+        step = _newest(workdir) if step is None else step
+        teacher = checkpoints.load_arrays(workdir, "teacher", step)
+    except FileNotFoundError as error:
+        raise WeightsError(str(error)) from None
+    except Exception as error:  # whatever Orbax meets in damaged files
+        raise WeightsError(f"{workdir}/checkpoints/{step} cannot be read ({type(error).__name__}: {error})") from None
+    try:
+        fields, settings = _stated(config)
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{workdir}/config.json: expected the config of a training run ({error!r})") from None
+    modules = {name: trees.flatten(tree) for name, tree in teacher.items()}
+    notes = [f"{', '.join(modules)}: the teacher of {workdir} at step {step}"]
+    found = sources.dinov2_fields(modules["backbone"], str(workdir), notes, fields)
+    facts = {"step": step, "config": config}
+    return Source(str(workdir), "workdir", modules, found | fields, settings, facts, notes)
+
+
+def _newest(workdir: Path) -> int | None:
+    return max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=None)
+
+
+def _stated(config: dict) -> tuple[dict, Preprocess]:
+    """What config.json says of the network and of its films.
+
+    A film is brought to the size of the stored position grid, at which a global crop of full size shows it in training.
+    """
+    model = config["model"]
+    shape = dict(VARIANTS[model["variant"]])
+    shape |= {k: model[k] for k in ("width", "depth", "heads", "ffn") if model[k]}
+    fields = shape | {k: model[k] for k in ("patch_size", "image_size", "registers", "antialias", "offset")}
+    if "preprocess" in config:  # written by `convert`
+        stated = config["preprocess"]
+        return fields, Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
+    size, data = model["image_size"], config["data"]
+    standardize = config["views"]["standardize"]
+    return fields, Preprocess(size, size, (data["mean"],), (data["std"],), standardize=standardize)

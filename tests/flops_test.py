@@ -1,0 +1,96 @@
+"""FLOPs of a step against the calculator beside the reference arrays, and by hand."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from configs import multicxr
+from raddino_jax import flops, train
+
+CALCULATOR = Path(os.environ["RADDINO_GOLDENS"]).parent / "tools" / "flops.py"
+
+
+def _per_image(arguments: str = "") -> float:
+    config = multicxr.get_config(arguments)
+    views = config.views
+    objective = train.objective_of(config)
+    return flops.step(objective, views.global_size, views.local_size, views.local_crops)
+
+
+@pytest.fixture(scope="module")
+def calculator():
+    if not CALCULATOR.is_file():
+        pytest.skip(f"no FLOP calculator at {CALCULATOR} (set RADDINO_GOLDENS)")
+    spec = importlib.util.spec_from_file_location("calculator", CALCULATOR)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = {  # fields of ours -> arguments of the calculator
+    "group_size=40,model.drop_path=0.0": dict(),
+    "model.drop_path=0.3": dict(batch=10, drop_path=0.3),
+    "model.drop_path=0.0,model.registers=4,head.separate=True": dict(batch=10, regs=4),
+    "model.drop_path=0.0,head.prototypes=4096,views.global_size=224,views.local_size=98": dict(
+        batch=10, k=4096, gsize=224, lsize=98
+    ),
+    "model.drop_path=0.0,model.patch_size=16,views.global_size=512,views.local_size=192": dict(
+        batch=10, patch=16, gsize=512, lsize=192
+    ),
+}
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L"])
+@pytest.mark.parametrize("ours", CASES)
+def test_flops_per_image_equal_the_calculators_within_half_a_percent(calculator, size, ours):
+    expected = calculator.step(size, **CASES[ours])["flops_per_image"]
+    assert _per_image(f"model.variant={size},{ours}") == pytest.approx(expected, rel=0.005)
+
+
+def test_an_image_of_the_papers_run_costs_3_341_tflop():
+    """ViT-B/14, 518 and 196 px, 8 local crops, masks of 40 images together, no drop path."""
+    found = _per_image("group_size=40,model.drop_path=0.0")
+    assert found == pytest.approx(3.341e12, rel=0.005)
+
+
+def test_a_crop_is_counted_by_hand():
+    """Two blocks of width 4 on 1 + 2 + 4 tokens: qkv 3, proj 1, MLP 8 squares of the width each."""
+    backbone = train.backbone_of(multicxr.get_config(
+        "model.width=4,model.depth=2,model.heads=2,model.patch_size=2,model.registers=2"
+    ))  # fmt: skip
+    crop = flops.vit(backbone, 4)
+    assert crop.blocks == 2 * (7 * 2 * 12 * 16 + 2 * 2 * 7 * 7 * 4)
+    assert crop.embedding == 4 * 2 * (3 * 2 * 2) * 4
+
+
+def test_swiglu_costs_what_its_three_products_cost():
+    backbone = train.backbone_of(multicxr.get_config("model.variant=g"))
+    tokens, width, hidden = 17, 1536, 4096
+    linear = tokens * 2 * (4 * width**2 + width * 2 * hidden + hidden * width)
+    assert flops.vit(backbone, 56).blocks == 40 * (linear + 4 * tokens**2 * width)
+
+
+class _Device:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("TPU v5 lite", 197.0),
+        ("TPU v5", 459.0),
+        ("TPU v5p", 459.0),
+        ("TPU v6 lite", 918.0),
+    ],
+)
+def test_a_device_is_known_by_the_start_of_its_name(kind, peak):
+    assert flops.chip(_Device(kind)).peak == peak
+
+
+def test_an_unknown_device_has_no_peak():
+    assert flops.chip(_Device("cpu")) is None
