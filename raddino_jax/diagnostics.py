@@ -50,7 +50,8 @@ def _entropy(p: Array) -> Array:
     return -(p * jnp.log(jnp.maximum(p, 1e-30))).sum(-1)
 
 
-UNIFORM, FEW, SAME = 0.99, 2.0, 1.5  # share of ln K; prototypes; effective rank
+UNIFORM, FEW, SAME = 0.99, 2.0, 0.995  # share of ln K; prototypes; mean cosine of different films
+GRACE = 20  # steps in which heads may still be without signal
 PATIENCE = 3  # log lines in a row
 
 
@@ -60,7 +61,7 @@ def verdict(rows: Sequence[dict], prototypes: int) -> str | None:
     rows: lines of metrics.jsonl, oldest first. A sign must hold for PATIENCE lines in a row.
     """
     recent = rows[-PATIENCE:]
-    if len(recent) < PATIENCE:
+    if len(recent) < PATIENCE or recent[0]["step"] < GRACE:
         return None
     return next((text for sign, text in SIGNS if all(sign(row, prototypes) for row in recent)), None)
 
@@ -74,7 +75,7 @@ def _few(row: dict, prototypes: int) -> bool:
 
 
 def _same(row: dict, prototypes: int) -> bool:
-    return row["cls_rank"] < SAME
+    return row["cls_cosine"] > SAME
 
 
 SIGNS = [
@@ -85,6 +86,6 @@ SIGNS = [
                "the teacher's temperature is too high for what the features can tell (lower both ends of "
                "optim.teacher_temperature), or the heads have no signal yet (fewer prototypes, larger layerscale, "
                "longer optim.head_warmup)"),
-    (_same, "COLLAPSE: the class tokens of different films lie on one line. Likely cause: a learning rate too high "
+    (_same, "COLLAPSE: the class tokens of different films are all but the same. Likely cause: a learning rate too high "
             "(lower optim.base_lr, lengthen optim.warmup) or KoLeo switched off (loss.koleo)"),
 ]

@@ -209,21 +209,19 @@ class Encoder:
     """
 
     def __init__(
-        self, name: str, network: nn.Module, arrays: dict, settings: Preprocess, feature: str = "cls",
+        self, name: str, network: nn.Module, params: dict, settings: Preprocess, feature: str = "cls",
         dtype: str = "float32", notes: Sequence[str] = (),
     ):
-        """arrays: parameters by name; {} draws random ones. Raises WeightsError where they do not fit the network."""
+        """params: of the network, as released: for three normalised channels where `settings` has three statistics."""
         self.mesh = sharding.make_mesh(jax.local_devices())
         platform = jax.local_devices()[0].platform
         self.name, self.settings, self.feature, self.dtype, self.notes = name, settings, feature, dtype, list(notes)
         self.network = _computing(network, platform, jnp.dtype(dtype))
         self.image_size, self.patch_size = settings.crop, _of(network, "patch_size")
-        expected = expected_params(network, self.image_size)
-        tree = fitted(expected, arrays, name) if arrays else _random(network, self.image_size)
-        folded = trees.unflatten(fold_grey(trees.flatten(tree), settings.mean, settings.std))
+        folded = trees.unflatten(fold_grey(trees.flatten(params), settings.mean, settings.std))
         self.params = jax.device_put(folded, NamedSharding(self.mesh, P()))
-        shapes = jax.eval_shape(self._features, expected, self._blank(1))
-        self.width = shapes["cls"].shape[-1]
+        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 1), jnp.float32)
+        self.width = jax.eval_shape(self._features, self.params, blank)["cls"].shape[-1]
         self._compiled = jax.jit(self._features)
         self._staged = jax.jit(lambda params, batch: self.network.apply({"params": params}, batch))
 
@@ -255,11 +253,10 @@ class Encoder:
             grid = [side // self.patch_size for side in batch.shape[1:3]]
             patches = patches.reshape(len(patches), *grid, -1)
         patches = patches.astype(jnp.float32)
-        cls = patches.mean((1, 2)) if self.feature == "patch_mean" else out[self.feature].astype(jnp.float32)
-        return {"cls": cls, "patches": patches}
-
-    def _blank(self, n: int) -> np.ndarray:
-        return np.zeros((n, self.image_size, self.image_size, 1), np.float32)
+        vectors = {name: value for name, value in out.items() if value.ndim == 2} | {"patch_mean": patches.mean((1, 2))}
+        if self.feature not in vectors:
+            raise ValueError(f"feature={self.feature!r} is none of {', '.join(vectors)}")
+        return {"cls": vectors[self.feature].astype(jnp.float32), "patches": patches}
 
 
 def expected_params(network: nn.Module, image_size: int) -> dict:
@@ -276,7 +273,8 @@ def fitted(expected: dict, arrays: dict, what: str) -> dict:
         raise WeightsError(str(error)) from None
 
 
-def _random(network: nn.Module, image_size: int) -> dict:
+def random_params(network: nn.Module, image_size: int) -> dict:
+    """Parameters as training would start from them."""
     blank = jnp.zeros((1, image_size, image_size, 1))
     return jax.device_get(jax.jit(network.init)(jax.random.key(0), blank)["params"])
 
@@ -307,20 +305,27 @@ def load(name_or_path: str, weights: str = "", dtype: str = "float32", feature: 
     if name_or_path in ENCODERS:
         return open_row(name_or_path, ENCODERS[name_or_path], weights, dtype, feature)
     source = open_source(name_or_path)
-    arrays = {} if weights == "random" else _backbone(_find(weights, _FORMATS) if weights else source)
-    network = (CLIPViT if source.format == "clip_hf" else ViT)(**source.fields)
-    return Encoder(name_or_path, network, arrays, source.preprocess, feature or "cls", dtype, source.notes)
+    network, settings = (CLIPViT if source.format == "clip_hf" else ViT)(**source.fields), source.preprocess
+    if weights == "random":
+        params = random_params(network, settings.crop)
+    else:
+        given = _find(weights, _FORMATS) if weights else source
+        params = fitted(expected_params(network, settings.crop), _backbone(given), given.what)
+    return Encoder(name_or_path, network, params, settings, feature or "cls", dtype, source.notes)
 
 
 def open_row(name: str, row: Row, weights: str = "", dtype: str = "float32", feature: str = "") -> Encoder:
     """An encoder of a row; see `load`."""
-    network, arrays, notes = row.network, {}, ["random weights"]
-    if weights != "random":
-        source = _find(weights, row.formats) if weights else _released(name, row)
-        arrays, notes = _backbone(source), source.notes
-        if isinstance(network, CLIPViT) and "proj/kernel" not in arrays:
-            network = network.clone(projection=0)  # CLIPVisionModel, saved without what joins it to text
-    return Encoder(name, network, arrays, row.preprocess, feature or row.feature, dtype, notes)
+    network, settings, feature = row.network, row.preprocess, feature or row.feature
+    if weights == "random":
+        params = random_params(network, settings.crop)
+        return Encoder(name, network, params, settings, feature, dtype, ["random weights"])
+    source = _find(weights, row.formats) if weights else _released(name, row)
+    arrays = _backbone(source)
+    if isinstance(network, CLIPViT) and "proj/kernel" not in arrays:
+        network = network.clone(projection=0)  # CLIPVisionModel, saved without what joins it to text
+    params = fitted(expected_params(network, settings.crop), arrays, f"{source.what} as {name}")
+    return Encoder(name, network, params, settings, feature, dtype, source.notes)
 
 
 def open_source(name_or_path: str, with_heads: bool = False) -> Source:
@@ -430,7 +435,7 @@ def _open_workdir(workdir: Path, step: int | None = None) -> Source:
     """The teacher of a workdir's newest checkpoint, or of one step."""
     config = huggingface.read_json(workdir / "config.json")
     try:
-        step = _newest(workdir) if step is None else step
+        step = _newest(workdir, step)
         teacher = checkpoints.load_arrays(workdir, "teacher", step)
     except FileNotFoundError as error:
         raise WeightsError(str(error)) from None
@@ -447,8 +452,15 @@ def _open_workdir(workdir: Path, step: int | None = None) -> Source:
     return Source(str(workdir), "workdir", modules, found | fields, settings, facts, notes)
 
 
-def _newest(workdir: Path) -> int | None:
-    return max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=None)
+def _newest(workdir: Path, step: int | None) -> int:
+    """The newest step, or the given one if it is there."""
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    if not steps or step not in (None, *steps):
+        raise FileNotFoundError(
+            f"{workdir} has no complete checkpoint{'' if step is None else f' of step {step}'} "
+            f"(steps: {', '.join(map(str, steps)) or 'none'})"
+        )
+    return steps[-1] if step is None else step
 
 
 def _stated(config: dict) -> tuple[dict, Preprocess]:

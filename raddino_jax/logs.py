@@ -70,23 +70,30 @@ class Meter:
     def __init__(self, batch_size: int, flops_per_image: float, peak: float | None):
         """peak: FLOP/s of all devices together, None where it is unknown."""
         self.batch_size, self.flops, self.peak = batch_size, flops_per_image, peak
+        self.last = dict(images_per_second=0.0, step_seconds=0.0, data_wait_fraction=0.0, mfu=None)
         self.reset()
 
     def reset(self) -> None:
         self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that is neither training nor waiting, such as an evaluation."""
+        self.began += seconds
+
     def rates(self) -> dict:
-        """The rates since the last call; then start anew."""
+        """The rates since the last call, then start anew; the last ones again where no step lies between."""
+        if not self.steps:
+            return self.last
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         images = self.steps * self.batch_size / elapsed
-        row = {
+        self.last = {
             "images_per_second": images,
             "step_seconds": elapsed / max(self.steps, 1),
             "data_wait_fraction": self.waited / elapsed,
             "mfu": None if self.peak is None else images * self.flops / self.peak,
         }
         self.reset()
-        return row
+        return self.last
 
 
 def progress(step: int, steps: int, row: dict) -> str:

@@ -41,7 +41,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/<
 
 def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # libraries log every save at length
+        logging.set_verbosity(logging.ERROR)  # libraries log every save at length
     config, workdir = _CONFIG.value, Path(_WORKDIR.value or Path("runs") / _config_name())
     if config is None:
         raise train.ConfigError("no config: give --config=configs/NAME.py, e.g. configs/quickstart.py")

@@ -388,7 +388,7 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe) -> N
     elif saved.latest() is None:
         saved.save(0, {"teacher": state.teacher})
     journal = watch.Journal(config, workdir, constants, mesh, steps, start)
-    online = watch.Online(config, constants.objective, observe, mesh, journal.rows)
+    online = watch.Online(config, constants.objective, observe, journal)
     stop = loop.Terminated()
     _, last = loop.run(
         state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh),

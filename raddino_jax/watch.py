@@ -1,5 +1,6 @@
 """What a run tells of itself while it runs: log lines with a verdict on collapse, and the online evaluation."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,9 @@ class Journal:
 class Online:
     """The online evaluation: scores of the teacher, the best step by `config.keep_best`, patience."""
 
-    def __init__(self, config, objective, observe, mesh, rows):
-        """rows: lines of metrics.jsonl so far, from which a resumed run knows its best."""
-        self.config, self.observe = config, observe
+    def __init__(self, config, objective, observe, journal):
+        """journal: its lines tell a resumed run its best, its meter leaves evaluations out."""
+        self.config, self.observe, self.meter = config, observe, journal.meter
         found = None
         if observe is not None and config.eval_every:
             found = pipeline.labelled_films(config.data, config.eval)
@@ -64,7 +65,7 @@ class Online:
             {"params": teacher["backbone"]}, standardized(films, config)
         )["cls"])
         self.best, self.best_step, self.since, self.scores = -np.inf, None, 0, {}
-        for row in rows:
+        for row in journal.rows:
             self._note(row["step"], row)
 
     @property
@@ -76,11 +77,13 @@ class Online:
         """Scores of this step where one is due, else nothing."""
         if self.labelled is None or step % self.config.eval_every:
             return {}
+        began = time.perf_counter()
         films, labels, _ = self.labelled
         chunks = (np.stack(films[i : i + 64]) for i in range(0, len(films), 64))
         features = np.concatenate([np.asarray(self.encode(state.teacher, chunk)) for chunk in chunks])
         self.scores = self.observe(step, features, labels)
         self._note(step, self.scores)
+        self.meter.leave_out(time.perf_counter() - began)
         logs.say("  ".join([f"step {step}"] + [f"{name} {value:.3f}" for name, value in self.scores.items()]))
         return self.scores
 

@@ -40,7 +40,7 @@ def test_matching_of_sharp_uniform_and_single_targets():
     assert single["prototypes_used"] == pytest.approx(1 / 8, rel=1e-3) and single["agreement"] == pytest.approx(1 / 8)
 
 
-HEALTHY = dict(target_entropy=4.0, prototypes_used=0.8, cls_rank=12.0)
+HEALTHY = dict(step=50, target_entropy=4.0, prototypes_used=0.8, cls_cosine=0.4)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ HEALTHY = dict(target_entropy=4.0, prototypes_used=0.8, cls_rank=12.0)
     [
         (dict(target_entropy=np.log(256)), "uniform"),
         (dict(prototypes_used=1.2 / 256), "same target"),
-        (dict(cls_rank=1.1), "one line"),
+        (dict(cls_cosine=0.9999), "all but the same"),
     ],
 )
 def test_verdict_waits_and_names_cause_and_mend(sign, words):
@@ -56,4 +56,5 @@ def test_verdict_waits_and_names_cause_and_mend(sign, words):
     assert diagnostics.verdict([HEALTHY] * 5, 256) is None
     assert diagnostics.verdict([HEALTHY, ill, ill], 256) is None
     text = diagnostics.verdict([HEALTHY, ill, ill, ill], 256)
+    assert diagnostics.verdict([row | {"step": 3} for row in (HEALTHY, ill, ill, ill)], 256) is None
     assert words in text and "optim." in text or "loss." in text

@@ -2,7 +2,6 @@
 `encoders.load`, every stage compared."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from PIL import Image
 
 from raddino_jax import encoders
@@ -62,19 +60,27 @@ def relative(found, expected) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def compare(encoder, batch, expected: dict, tolerance: float = FLOAT32) -> dict[str, float]:
-    """Largest relative error per stage; torch's feature maps are channels first."""
-    found = {**encoder.stages(batch), **{f"e.{k}": v for k, v in encoder(batch).items()}}
-    errors = {}
-    for name, value in expected.items():
-        value = value.detach().float().numpy()
-        ours = np.asarray(found[name], np.float32)
-        value = np.moveaxis(value, 1, -1) if value.ndim == 4 and value.shape != ours.shape else value
-        errors[name] = relative(ours, value)
-    print({k: f"{v:.1e}" for k, v in errors.items()})
-    worst = max(errors, key=errors.get)
-    assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e} of {tolerance}"
-    return errors
+def compare(load, pictures, expected: dict) -> encoders.Encoder:
+    """Every stage within tolerance in both types; returns the float32 encoder. load: dtype -> encoder.
+
+    Torch's feature maps are channels first. "e." is before the names of what calling the encoder returns.
+    """
+    for dtype, tolerance in [("bfloat16", BFLOAT16), ("float32", FLOAT32)]:
+        encoder = load(dtype)
+        batch = encoder.preprocess(pictures)
+        found = dict(encoder.stages(batch))
+        if dtype == "float32":  # the stages say as much of the other type, and compiling is what costs time here
+            found |= {f"e.{name}": value for name, value in encoder(batch).items()}
+        errors = {}
+        for name in expected.keys() & found.keys():
+            value = expected[name]
+            value = value.detach().float().numpy()
+            ours = np.asarray(found[name], np.float32)
+            errors[name] = relative(ours, np.moveaxis(value, 1, -1) if ours.ndim == 4 and ours.shape != value.shape else value)
+        print(dtype, {name: f"{error:.0e}" for name, error in errors.items()})
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}, at most {tolerance} in {dtype}"
+    return encoder
 
 
 def three_channels(pictures, settings: Preprocess, resize_and_crop) -> "torch.Tensor":
@@ -88,7 +94,7 @@ def three_channels(pictures, settings: Preprocess, resize_and_crop) -> "torch.Te
 
 
 def dinov2(folder: Path, registers: int, swiglu: bool = False, crop: int = 56, size: int = 56, **settings):
-    sizes = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=size, patch_size=14, use_swiglu_ffn=swiglu)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=size, patch_size=14, use_swiglu_ffn=swiglu)
     if registers:
         config = transformers.Dinov2WithRegistersConfig(num_register_tokens=registers, **sizes)
         model = transformers.Dinov2WithRegistersModel(config)
@@ -115,19 +121,20 @@ def dinov2_stages(model, pixels) -> dict:
     }
 
 
-@pytest.mark.parametrize("crop", [56, 70])
-@pytest.mark.parametrize("registers, swiglu", [(0, False), (4, False), (0, True)])
-def test_dinov2(tmp_path, registers, swiglu, crop):
+IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("registers, swiglu, crop, statistics", [(0, False, 56, {}), (4, False, 70, IMAGENET), (0, True, 42, IMAGENET)])
+def test_dinov2(tmp_path, registers, swiglu, crop, statistics):
     """At the stored size and where transformers resizes position embeddings."""
-    model = dinov2(tmp_path, registers, swiglu, crop)
+    model = dinov2(tmp_path, registers, swiglu, crop, **statistics)
     processor = transformers.BitImageProcessorPil.from_pretrained(tmp_path)
     pictures = films()
     pixels = processor([Image.fromarray(film) for film in pictures], return_tensors="pt")["pixel_values"]
-    encoder = encoders.load(str(tmp_path))
+    encoder = compare(lambda dtype: encoders.load(str(tmp_path), dtype=dtype), pictures, dinov2_stages(model, pixels))
     assert (encoder.image_size, encoder.patch_size, encoder.width) == (crop, 14, 64)
-    batch = encoder.preprocess(pictures)
-    np.testing.assert_allclose(batch[..., 0], pixels[:, 0], atol=1e-5)
-    compare(encoder, batch, dinov2_stages(model, pixels))
+    if not statistics:
+        np.testing.assert_allclose(encoder.preprocess(pictures)[..., 0], pixels[:, 0], atol=1e-5)
 
 
 # --- CLIP -----------------------------------------------------------------------------------------------------
@@ -154,31 +161,44 @@ def clip_stages(out) -> dict:
     }
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_clip_from_hugging_face(tmp_path, whole):
-    """The repository holds both towers; CLIPVisionModel saves the image tower alone, in other names."""
-    vision = transformers.CLIPVisionConfig(**CLIP_SIZES)
-    if whole:
-        text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50, bos_token_id=0, eos_token_id=1)
-        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=CLIP_SIZES, projection_dim=32))
-    else:
-        model = transformers.CLIPVisionModel(vision)
-    randomised(model).save_pretrained(tmp_path)
+def test_clip_from_hugging_face(tmp_path):
+    """The repository holds both towers, of which the image tower is read."""
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    text |= dict(bos_token_id=0, eos_token_id=1)
+    config = transformers.CLIPConfig(text_config=text, vision_config=CLIP_SIZES, projection_dim=32)
+    model = randomised(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path)
     clip_processor().save_pretrained(tmp_path)
     pictures = films()
     pixels = clip_processor()([Image.fromarray(film) for film in pictures], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        tower = model.vision_model if whole else model
-        out = tower(pixels, output_hidden_states=True)
-        expected = clip_stages(out)
-        if whole:
-            expected["projected"] = model.visual_projection(out.pooler_output)
+        out = model.vision_model(pixels, output_hidden_states=True)
+        expected = clip_stages(out) | {"projected": model.visual_projection(out.pooler_output)}
     row = small("clip_vitl14_224", SMALL_CLIP, resize=56, crop=56)
-    by_row = encoders.open_row("clip_vitl14_224", row, str(tmp_path))
-    compare(by_row, by_row.preprocess(pictures), expected)
+    by_row = compare(lambda dtype: encoders.open_row("clip_vitl14_224", row, str(tmp_path), dtype), pictures, expected)
     by_path = encoders.load(str(tmp_path))
-    assert by_path.settings == row.preprocess
-    np.testing.assert_array_equal(by_path(by_path.preprocess(pictures))["cls"], by_row(by_row.preprocess(pictures))["cls"])
+    same_params(by_path, by_row)
+
+
+def same_params(one: encoders.Encoder, other: encoders.Encoder) -> None:
+    assert one.network == other.network and one.settings == other.settings
+    for ours, theirs in zip(*(jax.tree.leaves(e.params) for e in (one, other)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_clip_without_the_projection(tmp_path):
+    """CLIPVisionModel saves the image tower alone, in names without its prefix."""
+    model = randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP_SIZES)))
+    model.save_pretrained(tmp_path / "tower")
+    prefixed = {f"vision_model.{name}": value for name, value in model.state_dict().items()}
+    torch.save(prefixed | {"visual_projection.weight": torch.ones(32, 64)}, tmp_path / "whole.bin")
+    row = small("clip_vitl14_336", SMALL_CLIP, resize=56, crop=56)
+    tower, whole = (encoders.open_row("clip_vitl14_336", row, str(tmp_path / name)) for name in ("tower", "whole.bin"))
+    assert tower.network == whole.network.clone(projection=0)
+    ours, theirs = trees.flatten(tower.params), trees.flatten(whole.params)
+    assert theirs.keys() - ours.keys() == {"proj/kernel"}
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
 def collected(model, modules: dict, *inputs) -> dict:
@@ -213,26 +233,36 @@ def chexzero_pipeline(film: np.ndarray, pad: int, size: int) -> np.ndarray:
     return functional.resize(tensor, size, functional.InterpolationMode.BICUBIC, antialias=False)
 
 
-@pytest.mark.parametrize("saved", ["state dict", "TorchScript"])
-def test_chexzero_and_openai_names(tmp_path, saved):
+SMALL_CHEXZERO = CLIPViT(64, 2, 4, patch_size=8, image_size=40, projection=32)
+
+
+def test_chexzero(tmp_path):
     model = open_clip_model()
     pictures = films()
     pixels = torch.stack([chexzero_pipeline(film, 64, 40) for film in pictures])
     path = tmp_path / "weights.pt"
-    if saved == "state dict":
-        torch.save(model.state_dict(), path)
-    else:  # as OpenAI publishes CLIP; here in float32
-        torch.jit.trace(model, (pixels, torch.zeros(3, 6, dtype=torch.int64)), check_trace=False).save(path)
+    torch.save(model.state_dict(), path)
     visual = model.visual
     blocks = {f"blocks_{i}": block for i, block in enumerate(visual.transformer.resblocks)}
     out = collected(visual, {"embedded": visual.ln_pre, "norm": visual.ln_post, **blocks}, pixels)
-    row = small("chexzero", CLIPViT(64, 2, 4, patch_size=8, image_size=40, projection=32), resize=40, crop=40, pad=64)
-    encoder = encoders.open_row("chexzero", row, str(path))
-    batch = encoder.preprocess(pictures)
-    np.testing.assert_allclose(batch[..., 0], pixels[:, 0], atol=1e-5)
-    expected = {name: out[name] for name in ("embedded", *blocks)}
+    row = small("chexzero", SMALL_CHEXZERO, resize=40, crop=40, pad=64)
     cls = out["norm"][:, 0] if out["norm"].ndim == 3 else out["norm"]
-    compare(encoder, batch, expected | {"cls": cls, "e.cls": cls, "projected": out["returned"], "patches": out["blocks_1"][:, 1:]})
+    expected = {name: out[name] for name in ("embedded", *blocks)} | {
+        "cls": cls, "e.cls": cls, "projected": out["returned"], "patches": out["blocks_1"][:, 1:],
+    }
+    encoder = compare(lambda dtype: encoders.open_row("chexzero", row, str(path), dtype), pictures, expected)
+    np.testing.assert_allclose(encoder.preprocess(pictures)[..., 0], pixels[:, 0], atol=1e-5)
+
+
+def test_clip_as_openai_publishes_it(tmp_path):
+    """A TorchScript archive in half precision: read without running what is in it."""
+    model = open_clip_model()
+    pixels = torch.zeros(1, 3, 40, 40)
+    traced = torch.jit.trace(model, (pixels, torch.zeros(1, 6, dtype=torch.int64)), check_trace=False)
+    traced.half().save(tmp_path / "ViT.pt")
+    torch.save(model.half().state_dict(), tmp_path / "state.pt")
+    row = small("clip_vitl14_224", SMALL_CHEXZERO, resize=40, crop=40)
+    same_params(*(encoders.open_row("clip", row, str(tmp_path / name)) for name in ("ViT.pt", "state.pt")))
 
 
 # --- timm: BiomedCLIP and MRM -----------------------------------------------------------------------------------
@@ -277,9 +307,8 @@ def test_biomedclip(tmp_path):
     pixels = three_channels(pictures, row.preprocess, torchvision_pipeline(row.preprocess))
     expected = timm_stages(model.trunk, pixels, model)
     expected["projected"] = expected.pop("returned")
-    for weights in (tmp_path, tmp_path / "open_clip_pytorch_model.bin"):
-        encoder = encoders.open_row("biomedclip", row, str(weights))
-    compare(encoder, encoder.preprocess(pictures), expected | {"e.cls": expected["cls"]})
+    expected["e.cls"] = expected["cls"]
+    compare(lambda dtype: encoders.open_row("biomedclip", row, str(tmp_path), dtype), pictures, expected)
 
 
 def test_mrm(tmp_path):
@@ -295,8 +324,8 @@ def test_mrm(tmp_path):
     pixels = three_channels(pictures, row.preprocess, torchvision_pipeline(row.preprocess))
     expected = timm_stages(trunk, pixels, trunk)
     np.testing.assert_array_equal(expected.pop("returned"), expected["cls"])
-    encoder = encoders.open_row("mrm", row, str(tmp_path / "MRM.pth"))
-    compare(encoder, encoder.preprocess(pictures), expected | {"e.cls": expected["patches"].mean(1)})
+    expected["e.cls"] = expected["patches"].mean(1)
+    compare(lambda dtype: encoders.open_row("mrm", row, str(tmp_path / "MRM.pth"), dtype), pictures, expected)
 
 
 # --- BioViL-T ---------------------------------------------------------------------------------------------------
@@ -349,10 +378,196 @@ def test_biovil_t(tmp_path):
     pictures = films()
     resize = torchvision_pipeline(row.preprocess)
     pixels = three_channels(pictures, row.preprocess, lambda film: resize(remapped(film)))
-    encoder = encoders.open_row("biovil_t", row, str(tmp_path / "biovil_t_image_model_proj_size_128.pt"))
+    path = str(tmp_path / "biovil_t_image_model_proj_size_128.pt")
+    expected = biovil_t_stages(model, pixels)
+    encoder = compare(lambda dtype: encoders.open_row("biovil_t", row, path, dtype), pictures, expected)
     assert (encoder.width, encoder.patch_size) == (2048, 32)
-    batch = encoder.preprocess(pictures)
-    np.testing.assert_allclose(batch[..., 0], pixels[:, 0], atol=1e-6)
-    compare(encoder, batch, biovil_t_stages(model, pixels))
-    other = encoders.open_row("biovil_t", row, str(tmp_path / "biovil_t_image_model_proj_size_128.pt"), feature="projected")
-    assert other.width == 128
+    np.testing.assert_allclose(encoder.preprocess(pictures)[..., 0], pixels[:, 0], atol=1e-6)
+
+
+# --- films to squares -------------------------------------------------------------------------------------------
+
+SIZES = [(56, 56), (56, 57), (57, 56), (61, 56), (97, 131), (131, 97), (200, 63), (20, 31), (57, 73)]
+
+
+def sized(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width), np.uint8)
+
+
+@pytest.mark.parametrize("resize, crop", [(56, 56), (64, 56), (63, 56)])
+def test_squares_as_hugging_face_makes_them(resize, crop):
+    """Pillow's processor exactly; half a pixel of margin goes to the same side."""
+    sides = dict(size={"shortest_edge": resize}, crop_size={"height": crop, "width": crop})
+    processor = transformers.BitImageProcessorPil(**sides, image_mean=[0.5307] * 3, image_std=[0.2583] * 3)
+    settings = Preprocess(resize, crop, **encoders.RAD_DINO)
+    for size in SIZES:
+        film = sized(*size)
+        theirs = processor(Image.fromarray(film), return_tensors="np")["pixel_values"][0, 0]
+        np.testing.assert_allclose(encoders.square(film, settings), theirs, atol=1e-5, err_msg=str(size))
+
+
+@pytest.mark.parametrize("name", ["biomedclip", "mrm"])
+def test_squares_as_torchvision_makes_them(name):
+    row = small(name, None, resize=63, crop=56)
+    pipeline = torchvision_pipeline(row.preprocess)
+    for size in SIZES:
+        film = sized(*size)
+        levels = pipeline(film).astype(np.float32) / 255
+        theirs = (levels - np.mean(row.preprocess.mean)) / np.mean(row.preprocess.std)
+        np.testing.assert_allclose(encoders.square(film, row.preprocess), theirs, atol=1e-5, err_msg=str(size))
+
+
+def test_squares_of_chexzero():
+    row = small("chexzero", None, crop=40, pad=64)
+    for size in SIZES:
+        theirs = chexzero_pipeline(sized(*size), 64, 40)[0]
+        np.testing.assert_allclose(encoders.square(sized(*size), row.preprocess), theirs, atol=1e-5, err_msg=str(size))
+
+
+def test_standardised_as_in_training():
+    from raddino_jax import augment
+
+    film = sized(64, 64)
+    plain = Preprocess(64, 64, **encoders.RAD_DINO)
+    found = encoders.square(film, dataclasses.replace(plain, standardize=True))
+    np.testing.assert_allclose(found, augment.standardize(jnp.asarray(encoders.square(film, plain))), atol=1e-5)
+    assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [row.preprocess for row in encoders.ENCODERS.values()], ids=encoders.ENCODERS)
+def test_constant_and_extreme_films(settings):
+    for film in [np.zeros((70, 90), np.uint8), np.full((70, 90), 255, np.uint8), sized(3, 150), sized(1, 1)]:
+        found = encoders.square(film, settings)
+        assert found.shape == (settings.crop,) * 2 and found.dtype == np.float32 and np.isfinite(found).all()
+
+
+def test_what_is_no_film():
+    settings = encoders.ENCODERS["rad_dino"].preprocess
+    for wrong in [np.zeros((9, 9), np.float32), np.zeros((9, 9), np.uint16), np.zeros((9, 9, 3), np.uint8)]:
+        with pytest.raises(TypeError, match=r"uint8 \[H, W\], as data.images.read gives it"):
+            encoders.square(wrong, settings)
+    with pytest.raises(images.TooLarge, match="a strip"):
+        encoders.square(np.zeros((2, 5000), np.uint8), settings)
+
+
+# --- the table of encoders ----------------------------------------------------------------------------------------
+
+NAMES = (
+    "rad_dino dinov2_vits14 dinov2_vitb14 dinov2_vitl14 dinov2_vitg14 clip_vitl14_224 clip_vitl14_336 biomedclip chexzero mrm biovil_t"
+).split()
+
+
+def test_every_encoder_has_a_row():
+    assert list(encoders.ENCODERS) == NAMES
+    for name, row in encoders.ENCODERS.items():
+        assert row.repository or row.home, f"{name}: where are its weights?"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters(name):
+    """Of the whole network, traced without memory."""
+    row = encoders.ENCODERS[name]
+    assert trees.count(encoders.expected_params(row.network, row.preprocess.crop)) == row.parameters
+
+
+def test_parameters_of_the_released_classes():
+    """As their own code counts them; BioViL-T's adds what one film alone never reaches, and not its statistics."""
+    timm = pytest.importorskip("timm")
+    from torchvision.models import resnet50
+
+    def count(module) -> int:
+        return sum(value.numel() for value in module.parameters())
+
+    with torch.device("meta"):
+        vit = count(timm.create_model("vit_base_patch16_224", num_classes=0))
+        clip = {
+            size: count(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=size,
+                patch_size=14, projection_dim=768,
+            ))) for size in (224, 336)
+        }
+        resnet = resnet50()
+    found = {name: encoders.ENCODERS[name].parameters for name in NAMES}
+    assert found["mrm"] == vit and found["biomedclip"] == vit + 768 * 512
+    assert found["clip_vitl14_224"] == clip[224] and found["clip_vitl14_336"] == clip[336]
+    statistics = sum(value.numel() for name, value in resnet.named_buffers() if "running" in name)
+    after = 2048 * 256 + 256 + 512 * 128 + 4 * 128 + 128 * 128 + 128
+    assert found["biovil_t"] == count(resnet) - count(resnet.fc) + statistics + after
+
+
+TOKENS = {  # image side, patch side, width of what is probed
+    **dict.fromkeys(["rad_dino", "dinov2_vitb14"], (518, 14, 768)), "dinov2_vits14": (518, 14, 384),
+    "dinov2_vitl14": (518, 14, 1024), "dinov2_vitg14": (518, 14, 1536), "clip_vitl14_224": (224, 14, 1024),
+    "clip_vitl14_336": (336, 14, 1024), "biomedclip": (224, 16, 768), "chexzero": (224, 32, 768), "mrm": (224, 16, 768),
+    "biovil_t": (448, 32, 2048),
+}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "dinov2_vits14" else pytest.mark.slow) for name in NAMES if name != "dinov2_vitg14"
+])
+def test_random_weights_need_no_files(name):
+    encoder = encoders.load(name, weights="random")
+    assert (encoder.image_size, encoder.patch_size, encoder.width) == TOKENS[name]
+    side = encoder.image_size // encoder.patch_size
+    shapes = jax.eval_shape(encoder._features, encoder.params, np.zeros((2, encoder.image_size, encoder.image_size, 1)))
+    assert shapes["patches"].shape[1:3] == (side, side) and shapes["cls"].shape == (2, encoder.width)
+
+
+# --- using one ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    dinov2(path, registers=0)
+    return path
+
+
+def test_any_number_of_films(folder):
+    """Split over eight devices: the rows do not depend on how many come together."""
+    encoder = encoders.load(str(folder))
+    assert encoder.mesh.size == len(jax.local_devices())
+    batch = encoder.preprocess(films(9))
+    whole = encoder(batch)
+    for n in (1, 8):
+        part = encoder(batch[:n])
+        for name in ("cls", "patches"):
+            assert part[name].shape[0] == n
+            np.testing.assert_allclose(part[name], whole[name][:n], rtol=1e-5, atol=1e-5)
+    for wrong in (batch[..., 0], np.repeat(batch, 3, axis=-1), batch[:0]):
+        with pytest.raises(ValueError, match=r"expected films \[n, S, S, 1\]"):
+            encoder(wrong)
+
+
+def test_other_features(folder):
+    plain, mean = encoders.load(str(folder)), encoders.load(str(folder), feature="patch_mean")
+    batch = plain.preprocess(films(2))
+    np.testing.assert_allclose(mean(batch)["cls"], plain(batch)["patches"].mean((1, 2)), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="feature='head' is none of cls, patch_mean"):
+        encoders.load(str(folder), feature="head")
+
+
+def test_weights_that_are_not_of_this_encoder(folder, tmp_path):
+    with pytest.raises(WeightsError, match=r"as rad_dino does not fit this model[\s\S]*expected \(768,\), found \(64,\)"):
+        encoders.load("rad_dino", weights=str(folder))
+    model = open_clip_model()
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(WeightsError, match="expected weights of one of the formats dinov2, hf_dinov2; found"):
+        encoders.load("rad_dino", weights=str(tmp_path / "clip.pt"))
+    with pytest.raises(WeightsError, match="load them by the name of the encoder"):
+        encoders.load(str(tmp_path / "clip.pt"))
+    with pytest.raises(WeightsError, match="'resnet50' is neither an encoder .*rad_dino.* nor a path"):
+        encoders.load("resnet50")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="no weights in this folder"):
+        encoders.load(str(tmp_path / "empty"))
+
+
+def test_random_weights_in_the_form_of_a_path(folder):
+    encoder = encoders.load(str(folder), weights="random")
+    other = encoders.load(str(folder))
+    assert encoder.settings == other.settings and encoder.network == other.network
+    same = [np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(e.params) for e in (encoder, other)), strict=True)]
+    assert not any(same)

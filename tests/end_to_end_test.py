@@ -19,7 +19,8 @@ TINY = [
     "--config.model.image_size=32", "--config.views.global_size=32", "--config.views.local_size=16",
     "--config.head.prototypes=64", "--config.head.bottleneck=16", "--config.head.hidden=32",
     "--config.data.image_size=40", "--config.data.synthetic_size=64", "--config.log_every=1",
-    "--config.checkpoint_every=4", "--config.steps=12", "--config.then=()",
+    "--config.checkpoint_every=4", "--config.steps=12", "--config.then=()", "--config.eval.films=60",
+    "--config.eval_every=6",
 ]
 
 
@@ -49,7 +50,7 @@ def computed(workdir: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, err = run(workdir)
+    code, _, err = run(workdir, "--config.then=('probe','figures')")
     assert code == 0, err
     return workdir
 
@@ -62,7 +63,26 @@ def test_a_run_leaves_config_metrics_and_checkpoints(finished):
     total = sum(rows[3][k] for k in ("dino_global", "dino_local", "ibot", "koleo"))
     assert rows[3]["loss"] == pytest.approx(total, rel=1e-6)
     assert json.loads((finished / "config.json").read_text())["steps"] == 12
-    assert sorted(p.name for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == ["12", "4", "8"]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == ["0", "12", "4", "8"]
+
+
+def test_the_end_of_a_run_compares_teacher_initialisation_and_pixels(finished):
+    rows = json.loads((finished / "results.json").read_text())
+    keys = {"task", "dataset", "encoder", "metric", "class", "value", "std", "n", "folds", "seed", "data", "config"}
+    assert all(keys <= row.keys() for row in rows)
+    assert {row["data"] for row in rows} == {"synthetic"}
+    for encoder in ("teacher", "init", "pixels"):
+        assert {"auprc", "knn_accuracy"} <= {r["metric"] for r in rows if r["encoder"] == encoder and r["class"] == "macro"}
+    online = [row for row in logs.read_metrics(finished) if "probe_auprc" in row]
+    assert [row["step"] for row in online] == [6, 12]
+
+
+def test_the_report_stands_alone(finished):
+    page = (finished / "report.html").read_text()
+    assert len(page) < 5e6 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == len(list((finished / "figures").glob("*.png"))) >= 6
+    assert "SYNTHETIC" in page
+    assert all(path.with_suffix(".csv").exists() for path in (finished / "figures").glob("*.png"))
 
 
 def wait_for(condition, workdir, process, seconds=240):
@@ -92,14 +112,15 @@ def test_sigterm_saves_and_ends_well(tmp_path):
     process.send_signal(signal.SIGTERM)
     err = Path(f"{workdir}.err")
     assert process.wait(timeout=120) == 0, err.read_text()
-    saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit() and p.name != "0"]
     assert len(saved) == 1 and f"step {saved[0]} is saved" in err.read_text()
     assert logs.read_metrics(workdir)[-1]["step"] == saved[0]
 
 
 def test_a_finished_run_says_so_and_another_config_is_refused(finished):
     code, out, err = run(finished)
-    assert code == 0 and json.loads(out.splitlines()[-1])["step"] == 12
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["step"] == 12
     before = computed(finished)
     code, _, err = run(finished, "--config.seed=3")
     assert code == 2 and "--workdir" in err and "seed: 0 -> 3" in err and "Traceback" not in err

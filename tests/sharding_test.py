@@ -14,13 +14,15 @@ from raddino_jax import params as trees
 from raddino_jax import sharding, train
 from raddino_jax.data import pipeline
 
-# Everything random is on: drop path, masks and every augmentation. Adam's eps is large, so that an
-# update is smooth in the gradient: with 1e-8 the first step is its sign, which rounding may turn.
+# Everything random is on: drop path, masks and every augmentation. What would magnify rounding is
+# off: Adam's eps is large, for with 1e-8 its first step is a sign; and the first block drops nothing,
+# for class tokens that no image has reached are equal, and KoLeo divides by their distance.
 TINY = (
-    "batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=1,model.heads=2,"
-    "model.patch_size=4,model.image_size=16,model.drop_path=0.5,views.global_size=16,"
-    "views.local_size=8,views.local_crops=1,head.prototypes=32,head.hidden=32,head.bottleneck=16,"
-    "head.layers=2,data.image_size=20,optim.eps=0.1,optim.warmup=(1,'steps')"
+    "batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=2,model.heads=2,"
+    "model.patch_size=4,model.image_size=16,model.drop_path=0.5,model.drop_path_uniform=False,"
+    "views.global_size=16,views.local_size=8,views.local_crops=1,head.prototypes=32,head.hidden=32,"
+    "head.bottleneck=16,head.layers=2,data.image_size=20,optim.eps=0.1,optim.warmup=(1,'steps'),"
+    "optim.freeze_last_layer=(1,'steps')"
 )
 STEPS = 3
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
@@ -112,14 +114,13 @@ def test_a_batch_is_split_over_both_axes_in_the_order_of_its_rows():
 def _batches(config) -> list[dict]:
     """As the pipeline makes them, of noise."""
     rng = np.random.default_rng(0)
-    side, groups = config.data.image_size, config.batch_size // config.group_size
+    side = config.data.image_size
     spec = pipeline.MaskSpec(config.group_size, 16, 4, 0.5, (0.1, 0.5))
     rows = pipeline.Rows(0, config.batch_size, config.batch_size)
     source = _Noise(rng.integers(0, 256, (64, side, side), np.uint8))
     found = pipeline.batches(
         config.data, rows=rows, steps=STEPS, start=0, seed=0, masks=spec, sources=[source]
     )
-    assert groups == 8
     return list(found)
 
 
@@ -168,7 +169,14 @@ def _walk(devices: int, fsdp: int):
     return metrics, trees.flatten(student), jax.tree.map(np.asarray, trees.flatten(after))
 
 
-@pytest.mark.parametrize("devices, fsdp", [(8, 1), (8, 2), (8, 4)], ids=["8x1", "4x2", "2x4"])
+MESHES = [
+    pytest.param(8, 2, id="4x2"),
+    pytest.param(8, 1, id="8x1", marks=pytest.mark.slow),
+    pytest.param(8, 4, id="2x4", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("devices, fsdp", MESHES)
 def test_every_mesh_walks_the_same_trajectory_as_one_device(devices, fsdp):
     """Losses and norms 1e-5 relative over three steps, parameters 1e-5 of their largest: float32."""
     (metrics, _, after), (expected, _, parameters) = _walk(devices, fsdp), _walk(1, 1)
@@ -189,5 +197,5 @@ def test_three_steps_move_every_parameter_of_student_and_teacher():
     losses = [row["loss"] for row in metrics]
     assert len(set(losses)) == STEPS and np.isfinite(losses).all()
     for name, value in before.items():
-        student, teacher = (np.abs(after[f"{side}/{name}"] - value).max() for side in ("student", "teacher"))
+        student, teacher = (np.abs(after[f"{s}/{name}"] - value).max() for s in ("student", "teacher"))
         assert student > teacher > 0, name

@@ -29,8 +29,8 @@ AXIS = (np.arange(CELLS) * (SPAN / CELLS) - ORIGIN).astype(np.float32)
 VERTEBRAE = np.arange(-9, 20)  # 1 is T1: the neck and the lumbar spine continue the count
 EVERYWHERE = np.s_[:, :]
 
-# glibc gives freed arrays back to the kernel, and a film, made of 200 kB arrays, then spends a fifth
-# of its time on page faults, until one larger block has been taken and freed. This is that block.
+# glibc gives freed arrays back to the kernel, so that a film, made of 200 kB arrays, spends a fifth
+# of its time on page faults until one larger block has been taken and freed. This is that block.
 np.empty(1 << 24, np.uint8)
 
 
@@ -146,7 +146,7 @@ def splat(size, x, y, sigma, amount):
     near, far = np.minimum(col, row), np.maximum(col, row)
     dx, dy = col + np.float32(0.5) - x, row + np.float32(0.5) - y
     centre = (row * width + col).astype(np.intp)
-    for k in np.unique(reach):  # dots of one size together
+    for k in np.flatnonzero(np.bincount(reach)):  # dots of one size together
         pick = np.flatnonzero((reach == k) & (near >= pad - k) & (far < pad + size + k))
         offset = np.arange(-k, k + 1)
         gx = np.exp(spread[pick, None] * (dx[pick, None] + np.float32(offset)) ** 2)
@@ -170,7 +170,7 @@ def line(points, spacing):
 
 @functools.lru_cache(maxsize=32)
 def vessel_tree(seed, first, last, trunks):
-    """Vessels from two hila at the origin: side, x, y, radius, step of their dots (reach 1)."""
+    """Vessels from two hila at the origin: side, x, y, width, amount of their dots (reach 1)."""
     rng = np.random.default_rng(seed)
     side = np.repeat([0, 1], trunks)
     heading = np.tile(np.linspace(first, last, trunks), 2) + rng.normal(0, 0.2, side.size)
@@ -193,7 +193,8 @@ def vessel_tree(seed, first, last, trunks):
         heading = np.append(bend[:, -1], bend[every, way]) + np.append(0.35 * turn, -turn)
         length = np.tile(length, 2) * rng.uniform(0.6, 0.95, heading.size)
         radius, side = np.append(radius * 0.72, radius * 0.55), np.tile(side, 2)
-    return tuple(np.concatenate([part[k].ravel() for part in parts]) for k in range(5))
+    side, x, y, radius, step = np.concatenate([np.reshape(part, (5, -1)) for part in parts], 1)
+    return side, x, y, 0.6 * np.maximum(radius, step), radius**1.55 * step
 
 
 class Projection:
@@ -221,7 +222,9 @@ class Projection:
 
     def index(self, x):
         """Table cell of a coordinate."""
-        return ((x + np.float32(ORIGIN)) * np.float32(CELLS / SPAN)).astype(np.intp)
+        cell = x + np.float32(ORIGIN)
+        cell *= np.float32(CELLS / SPAN)
+        return cell.astype(np.intp)
 
     def at(self, table, index):
         """A table's values at the pixels."""
@@ -319,15 +322,17 @@ class Projection:
 
     def lesions(self, lung):
         """Attenuation of nodules and opacities, in the thorax."""
-        film = np.zeros((self.size, self.size), np.float32)
-        for site in self.findings.get("nodule", {"sites": ()})["sites"]:
-            amount = SOFT * 2 * site["radius"] * site["density"]
-            self.ball(film, amount, *self.nodule(site))
-        film = film[self.thorax]
+        out = np.float32(0)
+        if "nodule" in self.findings:
+            film = np.zeros((self.size, self.size), np.float32)
+            for site in self.findings["nodule"]["sites"]:
+                amount = SOFT * 2 * site["radius"] * site["density"]
+                self.ball(film, amount, *self.nodule(site))
+            out = film[self.thorax]
         if "opacity" in self.findings:
             water, _ = self.opacity()
-            film += SOFT * water * lung * self.beside(self.findings["opacity"]["side"])
-        return film
+            out = out + SOFT * water * lung * self.beside(self.findings["opacity"]["side"])
+        return out
 
     def nodule(self, site):
         """A nodule's ellipse."""
@@ -569,13 +574,11 @@ class Frontal(Projection):
     def vessels(self):
         """Queue arteries and veins, and the hila they leave from."""
         body = self.body
-        side, x, y, r, step = vessel_tree(body.seed, -2.0, 1.85, 9)
+        side, x, y, width, amount = vessel_tree(body.seed, -2.0, 1.85, 9)
         across, down = 0.95 * body.half_width, 0.5 * body.height
         u = (2 * side - 1) * (2.8 + across * x) + 0.3 * self.pose.yaw
         v = 11.2 - 0.9 * side + down * y
-        r, step = r * across, step * across
-        amount = 1.25 * body.vascularity * r**1.55 * step
-        self.dots(u, v, 0.6 * np.maximum(r, step), amount)
+        self.dots(u, v, across * width, 1.25 * body.vascularity * across**2.55 * amount)
         self.dots([-3.4, 3.4], [10.6, 9.7], 1.1, 0.8)
         self.dots([-3.4, 3.4], [12.6, 11.7], 1.3, 1.2)
 
@@ -893,12 +896,10 @@ class Lateral(Projection):
     def vessels(self):
         """Queue both trees, which leave from hila that nearly coincide."""
         body = self.body
-        side, x, y, r, step = vessel_tree(body.seed, -2.9, 2.9, 11)
+        side, x, y, width, amount = vessel_tree(body.seed, -2.9, 2.9, 11)
         scale = 0.42 * body.depth
-        r, step = r * scale * 1.2, step * scale
         u, v = 1.0 + 1.6 * side + scale * x, 11.2 - 1.4 * side + 1.15 * scale * y
-        amount = 1.1 * body.vascularity * r**1.55 * step
-        self.dots(u, v, 0.6 * np.maximum(r, step), amount)
+        self.dots(u, v, scale * width, 1.45 * body.vascularity * scale**2.55 * amount)
         self.dots([1.5, 2.4], [10.5, 9.6], 1.3, 1.8)
 
     def rib_arcs(self, w=EVERYWHERE):

@@ -169,7 +169,7 @@ def _sites(rng):
     seed = tuple(rng.integers(2**31, size=2).tolist())
     shadow = _place(rng) | {"aspect": 0.7 + 0.6 * u[8], "seed": seed}
     if u[9] < 0.4:
-        shadow |= {"kind": "reticular", "radius": 4 + 3 * u[10], "density": 2.5 + 1.5 * u[11]}
+        shadow |= {"kind": "reticular", "radius": 4 + 3 * u[10], "density": 2.2 + 1.4 * u[11]}
     else:
         shadow |= {"kind": "airspace", "radius": 2.6 + 3 * u[10], "density": 3.5 + 3 * u[11]}
     first, last = int(rng.integers(3, 8)), 1 + int(np.searchsorted((0.5, 0.8), u[12]))
@@ -307,14 +307,14 @@ def develop(attenuation, technique, pose):
     exposure = anatomy.upsample((slow - low * scale + 1).astype(np.float32), size)
     exposure += scale * attenuation
     grey = np.take(_curve(technique), (exposure * CURVE).astype(np.intp), mode="clip")
-    if technique.blur > 0.3 * px:
+    if technique.blur > 0.45 * px:
         grey = ndimage.gaussian_filter(grey, technique.blur / px, truncate=2)
     # Few photons come through where a film is bright: there the noise is strongest.
     rng = np.random.default_rng(technique.seed)
-    grain = rng.random(grey.shape, np.float32) + rng.random(grey.shape, np.float32)
-    grain -= 1
+    grain = rng.random(grey.shape, np.float32) - np.float32(0.5)
     grain *= grey + np.float32(0.3)
-    grey += technique.noise / 255 * math.sqrt(6) * grain
+    grain *= technique.noise / 255 * math.sqrt(12)
+    grey += grain
     if technique.letter:
         grey += _letter(technique, pose, size)
     if any(technique.cut):

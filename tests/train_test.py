@@ -1,0 +1,87 @@
+"""What the run decides: where it starts from, which checkpoint it keeps, when it gives up."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from configs import common, quickstart
+from raddino_jax import checkpoints, logs, train
+from raddino_jax import params as trees
+
+TINY = (
+    "batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=2,model.heads=2,model.patch_size=8,"
+    "model.image_size=32,views.global_size=32,views.local_size=16,head.prototypes=64,head.bottleneck=16,"
+    "head.hidden=32,data.image_size=40,data.synthetic_size=32,eval.films=30,log_every=1,checkpoint_every=2,steps=4,"
+    "eval_every=1,keep=1,optim.warmup=(0,'steps'),optim.freeze_last_layer=(0,'steps')"
+)
+
+
+def config(more=""):
+    return common.apply(quickstart.get_config(), f"{TINY},{more}", {})
+
+
+def run(workdir, scores=None, more=""):
+    """A run whose online evaluation says `scores` in turn."""
+    workdir.mkdir(exist_ok=True)
+    settings = config(more)
+    (workdir / "config.json").write_text(settings.to_json())
+    told = iter(scores or [])
+    observe = (lambda step, features, labels: {"probe_auprc": next(told)}) if scores else None
+    train.run(settings, workdir, observe=observe)
+    return [row["step"] for row in logs.read_metrics(workdir)]
+
+
+def steps_kept(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    run(tmp_path / "a", [0.1, 0.9, 0.2, 0.3], "keep_best=probe_auprc")
+    assert steps_kept(tmp_path / "a") == [0, 2, 4]
+    run(tmp_path / "b", [0.1, 0.9, 0.2, 0.3])
+    assert steps_kept(tmp_path / "b") == [0, 4]
+
+
+def test_a_run_without_gain_ends_early_with_a_checkpoint(tmp_path):
+    steps = run(tmp_path, [0.5, 0.4, 0.4, 0.9, 0.9, 0.9], "keep_best=probe_auprc,stop_after=2,steps=6")
+    assert steps == [1, 2, 3] and steps_kept(tmp_path)[-1] == 3
+
+
+def test_a_run_continues_from_the_weights_of_another(tmp_path):
+    run(tmp_path / "first")
+    first = trees.flatten(checkpoints.load_arrays(tmp_path / "first", "teacher"))
+    run(tmp_path / "second", more=f"init={tmp_path / 'first'},init_head={tmp_path / 'first'},seed=5,steps=1")
+    start = trees.flatten(checkpoints.load_arrays(tmp_path / "second", "teacher", 0))
+    for name, value in first.items():
+        np.testing.assert_array_equal(start[name], value, err_msg=name)
+
+
+def test_position_embeddings_follow_the_resolution(tmp_path):
+    run(tmp_path / "first")
+    larger = "model.image_size=48,views.global_size=48,data.image_size=48,steps=1"
+    run(tmp_path / "second", more=f"init={tmp_path / 'first'},{larger}")
+    start = checkpoints.load_arrays(tmp_path / "second", "teacher", 0)["backbone"]
+    first = checkpoints.load_arrays(tmp_path / "first", "teacher")["backbone"]
+    assert start["pos_embed"].shape == (1, 37, 32) and first["pos_embed"].shape == (1, 17, 32)
+    np.testing.assert_array_equal(start["blocks_1"]["attn"]["qkv"]["kernel"], first["blocks_1"]["attn"]["qkv"]["kernel"])
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    run(tmp_path / "first")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        run(tmp_path / "second", more=f"init={tmp_path / 'first'},model.width=48,model.heads=4")
+    assert not (tmp_path / "second" / "metrics.jsonl").exists()
+
+
+def test_without_mim_nothing_is_masked_and_the_term_is_zero(tmp_path):
+    run(tmp_path, more="loss.ibot=0.0,masks.probability=0.0,steps=2")
+    row = logs.read_metrics(tmp_path)[-1]
+    assert row["ibot"] == 0 and row["masked_tokens"] == 0 and np.isfinite(row["loss"])
+
+
+def test_differences_between_configs_are_named():
+    old, new = (json.loads(config(f"seed={seed}").to_json()) for seed in (0, 1))
+    assert train.config_differences(old, new) == ["seed: 0 -> 1"]
+    assert train.config_differences(old, old) == []
+    assert jax.device_count() == 8  # the runs above were split over eight devices
