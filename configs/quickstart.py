@@ -15,6 +15,6 @@ from configs import common, multicxr
 def get_config(arguments: str = "") -> ConfigDict:
     """The shrunk run, changed by `arguments`."""
     config = common.shrink(multicxr.get_config())
-    config.update(steps=1000, epoch_steps=100, log_every=10, checkpoint_every=250, eval_every=250)
+    config.update(steps=600, epoch_steps=100, log_every=10, checkpoint_every=200, eval_every=200)
     config.then = ("probe", "figures")
     return common.apply(config, arguments, multicxr.PRESETS)

@@ -1,13 +1,14 @@
 """Weights from one format to another: python -m raddino_jax.convert SRC DST --to=hf|torch|orbax.
 
-SRC: a workdir (its teacher), workdir/checkpoints/<step>, a Hugging Face folder, a safetensors, .pth or .bin file, hf:owner/name,
-rad_dino or dinov2_*. DST: a new folder.
+SRC: a workdir (its teacher), workdir/checkpoints/<step>, a Hugging Face folder, a safetensors, .pth or .bin file,
+hf:owner/name, rad_dino or dinov2_*. DST: a new folder.
 
     hf     config.json, preprocessor_config.json, model.safetensors, README.md: opened by transformers.AutoModel
     torch  backbone_compatible.safetensors: loads strict into the architecture of facebookresearch/dinov2's hub
     orbax  a workdir: encoders.load and init= of the pre-training open it
 
-Heads, where there are any, go into dino_head.safetensors and ibot_head.safetensors beside them, as in the RAD-DINO release.
+Heads, where there are any, go into dino_head.safetensors and ibot_head.safetensors beside them, as in the RAD-DINO
+release.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def _write_descriptions(source: Source, folder: Path) -> None:
 
 
 def _workdir_config(source: Source) -> dict:
-    """config.json: that of a workdir, or the part of one that says what the weights are and how films are prepared."""
+    """config.json: that of a workdir, or the part of one that says which network it is and how films are prepared."""
     if source.format == "workdir":
         return source.facts["config"] | {"converted_from": source.what}
     registers = source.fields["registers"]
@@ -148,13 +149,21 @@ def _card(source: Source) -> str:
     """README.md of a Hugging Face folder: what is known, and where to fill in the rest."""
     fields, settings, facts = source.fields, source.preprocess, source.facts
     config = facts.get("config", {})
-    lines = ["---", "library_name: transformers", "tags: [chest-x-ray, dinov2, self-supervised]", "---", "", "# Model card", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [chest-x-ray, dinov2, self-supervised]",
+        "---",
+        "",
+        "# Model card",
+        "",
+    ]
     if "synthetic" in config.get("data", {}).get("sources", ()):
         lines += ["**Trained on synthetic radiographs: not for use on patients.**", ""]
     standardized = ", then standardised one by one (zero mean, unit variance)" if settings.standardize else ""
     rows = {
-        "Network": f"ViT, width {fields['width']}, {fields['depth']} blocks, {fields['heads']} heads, patch {fields['patch_size']}, "
-        f"{fields['registers']} registers",
+        "Network": f"ViT, width {fields['width']}, {fields['depth']} blocks, {fields['heads']} heads, "
+        f"patch {fields['patch_size']}, {fields['registers']} registers",
         "Parameters": f"{sum(v.size for v in source.modules['backbone'].values()):,}",
         "Input": f"short side {settings.resize} ({settings.resample}), centre {settings.crop} x {settings.crop}, "
         f"mean {_list(settings.mean)}, std {_list(settings.std)}{standardized}",
@@ -163,13 +172,20 @@ def _card(source: Source) -> str:
     if config.get("data", {}).get("sources"):
         rows |= {
             "Data": ", ".join(config["data"]["sources"]),
-            "Steps": f"{facts['step']} of {config.get('batch_size', '?')} films, from {config.get('init') or 'random weights'}",
+            "Steps": f"{facts['step']} of {config.get('batch_size', '?')} films",
+            "Started from": config.get("init") or "random weights",
         }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += [
-        "```python", "from transformers import AutoImageProcessor, AutoModel", "",
-        'model = AutoModel.from_pretrained("THIS FOLDER")', 'processor = AutoImageProcessor.from_pretrained("THIS FOLDER")',
-        "```", "", "Written by raddino_jax. To be filled in: intended use, licence, patients and hospitals, known failures.", "",
+        "```python",
+        "from transformers import AutoImageProcessor, AutoModel",
+        "",
+        'model = AutoModel.from_pretrained("THIS FOLDER")',
+        'processor = AutoImageProcessor.from_pretrained("THIS FOLDER")',
+        "```",
+        "",
+        "Written by raddino_jax. To be filled in: intended use, licence, patients and hospitals, known failures.",
+        "",
     ]
     return "\n".join(lines)
 
@@ -179,7 +195,7 @@ def _list(values) -> str:
 
 
 def _report(source: Source, folder: Path, dst: Path) -> str:
-    """Every array of every module with its shape, the files with their checksums, one checksum of the numbers themselves.
+    """Every array with its shape, every file with its checksum, and one checksum of the numbers themselves.
 
     Blocks are alike, so their arrays share a line.
     """
@@ -190,7 +206,10 @@ def _report(source: Source, folder: Path, dst: Path) -> str:
         for name, value in arrays.items():
             kind = (re.sub(r"^blocks_\d+", "blocks_*", name), "x".join(map(str, value.shape)), value.dtype.name)
             kinds[kind] = kinds.get(kind, 0) + 1
-        lines += [f"  {name:32} {shape:>16} {dtype}{f'  x {n}' if n > 1 else ''}" for (name, shape, dtype), n in kinds.items()]
+        lines += [
+            f"  {name:32} {shape:>16} {dtype}{f'  x {n}' if n > 1 else ''}"
+            for (name, shape, dtype), n in kinds.items()
+        ]
     lines += [f"checksum of the arrays: {checksum(source.modules)} (the same in every format)"]
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -215,7 +234,9 @@ def checksum(modules: Mapping[str, Arrays]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m raddino_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m raddino_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")

@@ -3,9 +3,10 @@
     python -m raddino_jax.embed --encoder=rad_dino --images=films/ --out=films.parquet
     python -m raddino_jax.embed --encoder=chexzero --weights=best.pt --images=list.csv --out=films.npz --patches=mean
 
-FILE.npz or FILE.parquet gets `id` (path below --images, with suffix), `cls` [n, D] and, with --patches=mean, `patches` [n, D].
---patches=full writes all patch features beside it, FILE.patches.npy [n, h, w, D], to be opened with mmap_mode="r". Files that are
-no film, or a damaged one, are listed in rejects.csv beside FILE. The same command continues where it was interrupted.
+FILE.npz or FILE.parquet gets `id` (path below --images, with suffix), `cls` [n, D] and, with --patches=mean, `patches`
+[n, D]. --patches=full writes all patch features beside it, FILE.patches.npy [n, h, w, D], to be opened with
+mmap_mode="r". Files that are no film, or a damaged one, are listed in rejects.csv beside FILE. The same command
+continues where it was interrupted.
 
 In a notebook:
 
@@ -77,7 +78,9 @@ def listing(source: str | Path, column: str = "", without: Sequence[Path] = ()) 
     if source.is_dir():
         films = _below(source, {path.resolve() for path in without})
     elif not source.is_file():
-        raise EmbedError(f"{source} is not there; expected a folder, a CSV or a text file with one path per line")
+        raise EmbedError(
+            f"{source} is not there; expected a folder, a CSV or a text file with one path per line"
+        )
     elif images.is_candidate(source):
         films = [Film(source.name, source)]
     else:
@@ -105,7 +108,8 @@ def _column(table: Path, column: str) -> list[str]:
         name = column or next((c for c in COLUMNS if c in known), "")
         if name not in known:
             raise EmbedError(
-                f"{table} has no column {column or ' or '.join(COLUMNS)!r}: name one with --column, of {', '.join(known)}"
+                f"{table} has no column {column or ' or '.join(COLUMNS)!r}: name one with --column, "
+                f"of {', '.join(known)}"
             )
         return [row[name] or "" for row in rows]
 
@@ -114,7 +118,7 @@ def _column(table: Path, column: str) -> list[str]:
 
 
 def batches(films: Sequence[Film], read: Callable, size: int, threads: int, start: int = 0) -> Iterator[Batch]:
-    """Batches of `size` readable films in order, decoded ahead by threads. read: path -> array, or raises ImageError."""
+    """Batches of `size` readable films in order, decoded ahead. read: path -> array, or raises ImageError."""
 
     def attempt(film: Film):
         try:
@@ -124,7 +128,9 @@ def batches(films: Sequence[Film], read: Callable, size: int, threads: int, star
 
     with ThreadPoolExecutor(threads) as pool:
         batch = Batch(start)
-        for film, result in zip(films[start:], _ahead(pool, attempt, films[start:], 2 * size + threads), strict=True):
+        for film, result in zip(
+            films[start:], _ahead(pool, attempt, films[start:], 2 * size + threads), strict=True
+        ):
             batch.seen += 1
             if isinstance(result, dict):
                 batch.rejects.append(result)
@@ -180,7 +186,11 @@ class Work:
             if not line.endswith(b"\n"):
                 break  # killed inside this line
             row, whole = json.loads(line), whole + len(line)
-            self.ids, self.rejects, self.seen = self.ids + row["ids"], self.rejects + row["rejects"], row["seen"]
+            self.ids, self.rejects, self.seen = (
+                self.ids + row["ids"],
+                self.rejects + row["rejects"],
+                row["seen"],
+            )
         if path.exists():
             os.truncate(path, whole)
 
@@ -206,7 +216,9 @@ def _append(path: Path, rows: int, value: np.ndarray) -> None:
     header = io.BytesIO()
     shape = (rows + len(value), *value.shape[1:])
     # NumPy leaves room for the first number of the shape to grow, so the header keeps its length.
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(value) | {"shape": shape})
+    np.lib.format.write_array_header_1_0(
+        header, np.lib.format.header_data_from_array_1_0(value) | {"shape": shape}
+    )
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(header.getvalue())
         file.seek(rows * value.itemsize * math.prod(value.shape[1:]), os.SEEK_CUR)
@@ -217,7 +229,11 @@ def _append(path: Path, rows: int, value: np.ndarray) -> None:
 
 
 def _refuse_other(old: dict, new: dict, where: Path) -> None:
-    changed = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     if changed:
         raise EmbedError(
             f"{where} is from another command ({'; '.join(changed)}); give another --out, or delete it to start anew"
@@ -228,8 +244,17 @@ def _refuse_other(old: dict, new: dict, where: Path) -> None:
 
 
 def embed(
-    encoder: encoders.Encoder | str, source: str | Path, out: str | Path = "", *, weights: str = "", patches: str = "",
-    batch_size: int = 32, dtype: str = "float32", mode: str = "raddino", column: str = "", threads: int = 0,
+    encoder: encoders.Encoder | str,
+    source: str | Path,
+    out: str | Path = "",
+    *,
+    weights: str = "",
+    patches: str = "",
+    batch_size: int = 32,
+    dtype: str = "float32",
+    mode: str = "raddino",
+    column: str = "",
+    threads: int = 0,
 ) -> dict:
     """Features of the films of a folder or list; with `out`, into that file (see the module's docstring).
 
@@ -245,7 +270,9 @@ def embed(
         if out.suffix not in WRITERS:
             raise EmbedError(f"{out}: expected a name that ends in {' or '.join(WRITERS)}")
         unfinished = out.with_name(f".{out.name}.unfinished")
-        films = listing(source, column, without=[out, unfinished, out.with_name("rejects.csv"), patches_file(out)])
+        films = listing(
+            source, column, without=[out, unfinished, out.with_name("rejects.csv"), patches_file(out)]
+        )
         if isinstance(encoder, str):
             encoder = encoders.load(encoder, weights, dtype)
         settings = _settings(encoder, films, source, patches, mode)
@@ -269,8 +296,15 @@ def _settings(encoder: encoders.Encoder, films: Sequence[Film], source, patches:
         digest.update(np.asarray(leaf).tobytes())
     names = hashlib.sha256("\n".join(film.id for film in films).encode())
     return {
-        "encoder": encoder.name, "weights": digest.hexdigest()[:16], "dtype": encoder.dtype, "feature": encoder.feature,
-        "images": str(source), "films": len(films), "list": names.hexdigest()[:16], "mode": mode, "patches": patches,
+        "encoder": encoder.name,
+        "weights": digest.hexdigest()[:16],
+        "dtype": encoder.dtype,
+        "feature": encoder.feature,
+        "images": str(source),
+        "films": len(films),
+        "list": names.hexdigest()[:16],
+        "mode": mode,
+        "patches": patches,
     }
 
 
@@ -356,9 +390,12 @@ def _read(out: Path) -> tuple[dict, str]:
     table = parquet.read_table(out)
     numbers = {
         name: table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-        for name in table.column_names if name != "id"
+        for name in table.column_names
+        if name != "id"
     }
-    return {"id": np.array(table["id"].to_pylist())} | numbers, (table.schema.metadata or {})[b"raddino_jax"].decode()
+    return {"id": np.array(table["id"].to_pylist())} | numbers, (table.schema.metadata or {})[
+        b"raddino_jax"
+    ].decode()
 
 
 def _meta(out: Path) -> dict:
@@ -378,23 +415,35 @@ def _table(out: Path, patches: str, done_before: int, seconds: float = 0.0) -> d
 
 
 def _nothing(work: Work, seconds: float) -> dict:
-    return {"id": np.array([]), "cls": np.zeros((0, 0)), "rejects": work.rejects, "done_before": 0, "seconds": seconds}
+    return {
+        "id": np.array([]),
+        "cls": np.zeros((0, 0)),
+        "rejects": work.rejects,
+        "done_before": 0,
+        "seconds": seconds,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 when at least one film could be read, 1 when none could, 2 for a command that cannot run."""
     parser = argparse.ArgumentParser(
-        prog="python -m raddino_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m raddino_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--encoder", required=True, help=f"{', '.join(encoders.ENCODERS)}, or a path")
     parser.add_argument("--weights", default="", help="weights of a named encoder; 'random' for none")
-    parser.add_argument("--images", required=True, help="a folder, a CSV, a text file with one path per line, or a film")
+    parser.add_argument(
+        "--images", required=True, help="a folder, a CSV, a text file with one path per line, or a film"
+    )
     parser.add_argument("--out", required=True, help="FILE.npz or FILE.parquet")
     parser.add_argument("--patches", default="", choices=PATCHES)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--mode", default="raddino", choices=images.MODES, help="how films become 8 bits")
-    parser.add_argument("--column", default="", help=f"column of a CSV with the paths; default {' or '.join(COLUMNS)}")
+    parser.add_argument(
+        "--column", default="", help=f"column of a CSV with the paths; default {' or '.join(COLUMNS)}"
+    )
     parser.add_argument("--threads", type=int, default=0, help="that decode; 0: one per core, at most 16")
     options = vars(parser.parse_args(argv))
     logging.set_verbosity(logging.ERROR)  # Orbax describes every file it touches
@@ -408,10 +457,21 @@ def main(argv: list[str] | None = None) -> int:
     done = rows + rejected - table["done_before"]
     rate = round(done / table["seconds"], 2) if table["seconds"] and done else None
     if not rows:
-        print(f"raddino_jax: none of {rejected} files is a film that can be read; rejects.csv says why", file=sys.stderr)
-    print(json.dumps({
-        "out": out, "rows": rows, "rejected": rejected, "images_per_second": rate, "seconds": round(table["seconds"], 1),
-    }))
+        print(
+            f"raddino_jax: none of {rejected} files is a film that can be read; rejects.csv says why",
+            file=sys.stderr,
+        )
+    print(
+        json.dumps(
+            {
+                "out": out,
+                "rows": rows,
+                "rejected": rejected,
+                "images_per_second": rate,
+                "seconds": round(table["seconds"], 1),
+            }
+        )
+    )
     return 0 if rows else 1
 
 

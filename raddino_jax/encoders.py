@@ -64,13 +64,19 @@ RAD_DINO = dict(mean=(0.5307,), std=(0.2583,))
 
 def _dinov2(variant: str, parameters: int, repository: str, statistics: dict, source: str) -> Row:
     network = ViT(**VARIANTS[variant], layerscale=1.0)
-    return Row(network, formats.DINOV2, Preprocess(518, 518, **statistics), parameters, source, repository=repository)
+    return Row(
+        network, formats.DINOV2, Preprocess(518, 518, **statistics), parameters, source, repository=repository
+    )
 
 
 def _clip(size: int, parameters: int, repository: str) -> Row:
     network = CLIPViT(1024, 24, 16, patch_size=14, image_size=size, projection=768)
     return Row(
-        network, ("clip_hf", "clip_openai"), Preprocess(size, size, **OPENAI), parameters, "arXiv 2103.00020",
+        network,
+        ("clip_hf", "clip_openai"),
+        Preprocess(size, size, **OPENAI),
+        parameters,
+        "arXiv 2103.00020",
         repository=repository,
     )
 
@@ -85,27 +91,43 @@ ENCODERS = {
     "clip_vitl14_336": _clip(336, 304_293_888, "openai/clip-vit-large-patch14-336"),
     "biomedclip": Row(
         Projected(
-            ViT(**VARIANTS["B"], patch_size=16, image_size=224, layerscale=0.0, mask_token=False, offset=0.0), 512
+            ViT(**VARIANTS["B"], patch_size=16, image_size=224, layerscale=0.0, mask_token=False, offset=0.0),
+            512,
         ),
-        ("biomedclip",), Preprocess(224, 224, **OPENAI, centre="round"), 86_191_872, "arXiv 2303.00915",
-        repository="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", file="open_clip_pytorch_model.bin",
+        ("biomedclip",),
+        Preprocess(224, 224, **OPENAI, centre="round"),
+        86_191_872,
+        "arXiv 2303.00915",
+        repository="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        file="open_clip_pytorch_model.bin",
     ),
     # Statistics are those of levels 0 to 255, and films are made square by padding. "pad" in Preprocess says how.
     "chexzero": Row(
-        CLIPViT(768, 12, 12, patch_size=32, image_size=224, projection=512), ("clip_openai",),
-        Preprocess(224, 224, (101.48761,), (83.43944,), scale=255.0, pad=320), 87_849_216,
-        "doi 10.1038/s41551-022-00936-9", home="https://github.com/rajpurkarlab/CheXzero",
+        CLIPViT(768, 12, 12, patch_size=32, image_size=224, projection=512),
+        ("clip_openai",),
+        Preprocess(224, 224, (101.48761,), (83.43944,), scale=255.0, pad=320),
+        87_849_216,
+        "doi 10.1038/s41551-022-00936-9",
+        home="https://github.com/rajpurkarlab/CheXzero",
     ),
     # Pre-training read 448 pixels, but its encoder saw them at 224: 448 is what it reconstructed.
     "mrm": Row(
-        ViT(**VARIANTS["B"], patch_size=16, image_size=224, layerscale=0.0, mask_token=False, offset=0.0), ("mrm",),
-        Preprocess(224, 224, (0.4978,), (0.2449,), resample="bilinear", centre="round"), 85_798_656,
-        "arXiv 2301.13155", feature="patch_mean", home="https://github.com/RL4M/MRM-pytorch",
+        ViT(**VARIANTS["B"], patch_size=16, image_size=224, layerscale=0.0, mask_token=False, offset=0.0),
+        ("mrm",),
+        Preprocess(224, 224, (0.4978,), (0.2449,), resample="bilinear", centre="round"),
+        85_798_656,
+        "arXiv 2301.13155",
+        feature="patch_mean",
+        home="https://github.com/RL4M/MRM-pytorch",
     ),
     "biovil_t": Row(
-        BioViLT(), ("biovil_t",),
-        Preprocess(512, 448, (0.0,), (1.0,), resample="bilinear", centre="round", stretch=True), 24_168_256,
-        "arXiv 2301.04558", feature="patch_mean", repository="microsoft/BiomedVLP-BioViL-T",
+        BioViLT(),
+        ("biovil_t",),
+        Preprocess(512, 448, (0.0,), (1.0,), resample="bilinear", centre="round", stretch=True),
+        24_168_256,
+        "arXiv 2301.04558",
+        feature="patch_mean",
+        repository="microsoft/BiomedVLP-BioViL-T",
         file="biovil_t_image_model_proj_size_128.pt",
     ),
 }
@@ -204,18 +226,30 @@ def fold_grey(arrays: dict, mean: Sequence[float], std: Sequence[float]) -> dict
 class Encoder:
     """A network with weights: batch float32 [n, S, S, 1] -> {"cls" [n, D], "patches" [n, h, w, D]}, float32.
 
-    A batch is split over this host's devices. Attributes: image_size S, patch_size, width D, name, dtype, network, params,
-    settings (Preprocess), feature, notes (lines for a person: what came from where, what was assumed).
+    A batch is split over this host's devices. Attributes: image_size S, patch_size, width D, name, dtype, network,
+    params, settings (Preprocess), feature, notes (lines for a person: what came from where, what was assumed).
     """
 
     def __init__(
-        self, name: str, network: nn.Module, params: dict, settings: Preprocess, feature: str = "cls",
-        dtype: str = "float32", notes: Sequence[str] = (),
+        self,
+        name: str,
+        network: nn.Module,
+        params: dict,
+        settings: Preprocess,
+        feature: str = "cls",
+        dtype: str = "float32",
+        notes: Sequence[str] = (),
     ):
-        """params: of the network, as released: for three normalised channels where `settings` has three statistics."""
+        """params: as released, that is for three normalised channels where `settings` has three statistics."""
         self.mesh = sharding.make_mesh(jax.local_devices())
         platform = jax.local_devices()[0].platform
-        self.name, self.settings, self.feature, self.dtype, self.notes = name, settings, feature, dtype, list(notes)
+        self.name, self.settings, self.feature, self.dtype, self.notes = (
+            name,
+            settings,
+            feature,
+            dtype,
+            list(notes),
+        )
         self.network = _computing(network, platform, jnp.dtype(dtype))
         self.image_size, self.patch_size = settings.crop, _of(network, "patch_size")
         folded = trees.unflatten(fold_grey(trees.flatten(params), settings.mean, settings.std))
@@ -239,7 +273,9 @@ class Encoder:
     def _run(self, compiled, batch: np.ndarray) -> dict[str, Array]:
         n = len(batch)
         if batch.ndim != 4 or batch.shape[-1] != 1 or not n:
-            raise ValueError(f"expected films [n, S, S, 1] as `preprocess` gives them, found {list(batch.shape)}")
+            raise ValueError(
+                f"expected films [n, S, S, 1] as `preprocess` gives them, found {list(batch.shape)}"
+            )
         extra = -n % self.mesh.size
         if extra:
             batch = np.concatenate([batch, np.zeros((extra, *batch.shape[1:]), np.float32)])
@@ -253,7 +289,9 @@ class Encoder:
             grid = [side // self.patch_size for side in batch.shape[1:3]]
             patches = patches.reshape(len(patches), *grid, -1)
         patches = patches.astype(jnp.float32)
-        vectors = {name: value for name, value in out.items() if value.ndim == 2} | {"patch_mean": patches.mean((1, 2))}
+        vectors = {name: value for name, value in out.items() if value.ndim == 2} | {
+            "patch_mean": patches.mean((1, 2))
+        }
         if self.feature not in vectors:
             raise ValueError(f"feature={self.feature!r} is none of {', '.join(vectors)}")
         return {"cls": vectors[self.feature].astype(jnp.float32), "patches": patches}
@@ -287,7 +325,9 @@ def _computing(network: nn.Module, platform: str, dtype: jnp.dtype) -> nn.Module
     """The network in a compute type, with the attention that is fast on a platform."""
     if isinstance(network, Projected):
         return network.clone(trunk=_computing(network.trunk, platform, dtype))
-    attention = {"attention": platform if platform in BACKENDS else "xla"} if hasattr(network, "attention") else {}
+    attention = (
+        {"attention": platform if platform in BACKENDS else "xla"} if hasattr(network, "attention") else {}
+    )
     return network.clone(dtype=dtype, **attention)
 
 
@@ -342,7 +382,8 @@ def open_source(name_or_path: str, with_heads: bool = False) -> Source:
     elif source.preprocess is None:
         source.preprocess = Preprocess(source.fields["image_size"], source.fields["image_size"], **IMAGENET)
         source.notes.append(
-            "no preprocessor_config.json beside the weights: films are prepared as for DINOv2, with ImageNet's statistics"
+            "no preprocessor_config.json beside the weights: films are prepared as for DINOv2, "
+            "with ImageNet's mean and std"
         )
     return source
 
@@ -360,14 +401,18 @@ def load_modules(name_or_path: str) -> tuple[dict[str, dict | None], list[str]]:
         tower = {name: value for name, value in modules["backbone"].items() if name.startswith("trunk/")}
         modules["backbone"] = {name.removeprefix("trunk/"): value for name, value in tower.items()}
     elif source.format not in (*formats.DINOV2, "workdir", "dino_head", "mrm"):
-        raise WeightsError(f"{source.what} holds {source.format} weights: no network that DINOv2 training can continue")
+        raise WeightsError(
+            f"{source.what} holds {source.format} weights: no network that DINOv2 training can continue"
+        )
     lines = list(source.notes)
     for name, arrays in modules.items():
         size = sum(value.size for value in arrays.values())
         lines.append(f"{name}: {len(arrays)} arrays, {size:,} parameters from {source.what}")
     if "backbone" in modules and not np.any(modules["backbone"].get("mask_token", 1)):
         lines.append("its mask token is zero: this backbone was never trained with masks")
-    return {m: trees.unflatten(modules[m]) if m in modules else None for m in ("backbone", *formats.HEADS)}, lines
+    return {
+        m: trees.unflatten(modules[m]) if m in modules else None for m in ("backbone", *formats.HEADS)
+    }, lines
 
 
 def whole_trees(source: Source) -> dict[str, dict]:
@@ -382,7 +427,9 @@ def whole_trees(source: Source) -> dict[str, dict]:
 
 def _check_head(arrays: dict, what: str) -> None:
     kernels = {name: value for name, value in arrays.items() if name.endswith("kernel")}
-    first = next((value for name, value in kernels.items() if name.split("/")[0] in ("mlp", "mlp_0")), np.zeros((1, 1)))
+    first = next(
+        (value for name, value in kernels.items() if name.split("/")[0] in ("mlp", "mlp_0")), np.zeros((1, 1))
+    )
     prototypes, bottleneck = arrays["last_layer/weight_v"].shape
     head = DINOHead(prototypes, first.shape[1], bottleneck, max(len(kernels), 1))
     blank = jax.ShapeDtypeStruct((1, first.shape[0]), jnp.float32)
@@ -404,8 +451,8 @@ def _find(name_or_path: str, among: Sequence[str] = (), with_heads: bool = False
         return _open_workdir(path.parent.parent, int(path.name))
     if not path.exists():
         raise WeightsError(
-            f"{name_or_path!r} is neither an encoder ({', '.join(ENCODERS)}) nor a path that is there; a repository of "
-            "the Hugging Face Hub is written hf:owner/name"
+            f"{name_or_path!r} is neither an encoder ({', '.join(ENCODERS)}) nor a path that is there; "
+            "a repository of the Hugging Face Hub is written hf:owner/name"
         )
     return sources.open_path(path, among, with_heads)
 
@@ -440,16 +487,22 @@ def _open_workdir(workdir: Path, step: int | None = None) -> Source:
     except FileNotFoundError as error:
         raise WeightsError(str(error)) from None
     except Exception as error:  # whatever Orbax meets in damaged files
-        raise WeightsError(f"{workdir}/checkpoints/{step} cannot be read ({type(error).__name__}: {error})") from None
+        raise WeightsError(
+            f"{workdir}/checkpoints/{step} cannot be read ({type(error).__name__}: {error})"
+        ) from None
     try:
         fields, settings = _stated(config)
     except (KeyError, TypeError) as error:
-        raise WeightsError(f"{workdir}/config.json: expected the config of a training run ({error!r})") from None
+        raise WeightsError(
+            f"{workdir}/config.json: expected the config of a training run ({error!r})"
+        ) from None
     modules = {name: trees.flatten(tree) for name, tree in teacher.items()}
     notes = [f"{', '.join(modules)}: the teacher of {workdir} at step {step}"]
-    found = sources.dinov2_fields(modules["backbone"], str(workdir), notes, fields)
+    found = sources.dinov2_fields(modules["backbone"], str(workdir), notes, fields["heads"])
+    resizing = {k: fields.pop(k) for k in ("antialias", "offset")}
+    sources.agree(found, fields, str(workdir))
     facts = {"step": step, "config": config}
-    return Source(str(workdir), "workdir", modules, found | fields, settings, facts, notes)
+    return Source(str(workdir), "workdir", modules, found | resizing, settings, facts, notes)
 
 
 def _newest(workdir: Path, step: int | None) -> int:
@@ -466,7 +519,7 @@ def _newest(workdir: Path, step: int | None) -> int:
 def _stated(config: dict) -> tuple[dict, Preprocess]:
     """What config.json says of the network and of its films.
 
-    A film is brought to the size of the stored position grid, at which a global crop of full size shows it in training.
+    A film is brought to the size of the stored position grid: so a global crop of full size shows it in training.
     """
     model = config["model"]
     shape = dict(VARIANTS[model["variant"]])

@@ -12,15 +12,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from raddino_jax import encoders
 from raddino_jax import params as trees
-from raddino_jax.conversion import files, formats, huggingface, pickles, rules, sources, tables
+from raddino_jax.conversion import files, formats, huggingface, rules, sources, tables
 from raddino_jax.conversion.rules import Rule, WeightsError
+from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.heads import DINOHead
 from raddino_jax.models.resnet import BioViLT
-from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.vit import ViT
 
 
@@ -44,7 +43,12 @@ def head_arrays(width: int = 64, layers: int = 3, prototypes: int = 24) -> dict[
 SMALL = dict(width=64, depth=2, heads=4, image_size=28, layerscale=1.0)
 TIMM = ViT(64, 2, 4, patch_size=16, image_size=32, layerscale=0.0, mask_token=False)
 NETWORKS = {
-    "dinov2": [ViT(**SMALL), ViT(**SMALL, registers=4), ViT(**SMALL, ffn="swiglu"), ViT(**SMALL | dict(layerscale=0.0))],
+    "dinov2": [
+        ViT(**SMALL),
+        ViT(**SMALL, registers=4),
+        ViT(**SMALL, ffn="swiglu"),
+        ViT(**SMALL | dict(layerscale=0.0)),
+    ],
     "hf_dinov2": [ViT(**SMALL), ViT(**SMALL, registers=4, ffn="swiglu")],
     "clip_hf": [CLIPViT(64, 2, 4, 14, 28, projection=32), CLIPViT(64, 2, 4, 14, 28)],
     "clip_openai": [CLIPViT(64, 2, 4, 14, 28, projection=32)],
@@ -52,7 +56,11 @@ NETWORKS = {
     "mrm": [TIMM],
     "biovil_t": [BioViLT((1, 2, 1, 1), width=4, fused=8, projection=4)],
 }
-CASES = [pytest.param(name, network, id=f"{name}-{i}") for name, nets in NETWORKS.items() for i, network in enumerate(nets)]
+CASES = [
+    pytest.param(name, network, id=f"{name}-{i}")
+    for name, nets in NETWORKS.items()
+    for i, network in enumerate(nets)
+]
 
 
 def equal(found: dict, expected: dict) -> None:
@@ -111,9 +119,17 @@ def test_names_of_a_checkpoint_of_training():
 def test_names_of_transformers_in_memory():
     """q_proj for attention.query, gate_proj and up_proj for weights_in: what a state dict of transformers 5 has."""
     ours = arrays_of(ViT(**SMALL, ffn="swiglu"))
-    foreign = rules.write([*tables.HF_DINOV2_IN_MEMORY, *[r for r in tables.HF_DINOV2 if not any(
-        a.ours == r.ours for a in tables.HF_DINOV2_IN_MEMORY)]], ours, "test")
-    assert "encoder.layer.0.attention.q_proj.weight" in foreign and "encoder.layer.1.mlp.up_proj.bias" in foreign
+    foreign = rules.write(
+        [
+            *tables.HF_DINOV2_IN_MEMORY,
+            *[r for r in tables.HF_DINOV2 if not any(a.ours == r.ours for a in tables.HF_DINOV2_IN_MEMORY)],
+        ],
+        ours,
+        "test",
+    )
+    assert (
+        "encoder.layer.0.attention.q_proj.weight" in foreign and "encoder.layer.1.mlp.up_proj.bias" in foreign
+    )
     equal(formats.read(foreign, "test")[1]["backbone"], ours)
     both = foreign | formats.write("hf_dinov2", ours, "test")
     with pytest.raises(WeightsError, match=r"blocks_0/attn/qkv/kernel: given 2 times"):
@@ -167,9 +183,18 @@ def saved(torch, value, **kwargs) -> bytes:
 def tensors(torch) -> dict:
     base = torch.arange(24.0).reshape(4, 6)
     return {
-        "whole": base, "view": base[1:3, ::2], "transposed": base.t(), "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3),
-        "half": base.half(), "bfloat16": base.bfloat16(), "double": base.double(), "long": base.long(),
-        "bool": base > 3, "parameter": torch.nn.Parameter(base * 2), "int8": base.to(torch.int8),
+        "whole": base,
+        "view": base[1:3, ::2],
+        "transposed": base.t(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 3),
+        "half": base.half(),
+        "bfloat16": base.bfloat16(),
+        "double": base.double(),
+        "long": base.long(),
+        "bool": base > 3,
+        "parameter": torch.nn.Parameter(base * 2),
+        "int8": base.to(torch.int8),
     }
 
 
@@ -185,7 +210,9 @@ def test_pytorch_files(tmp_path, zipped, wrapped):
     assert found.keys() == named.keys()
     for name, value in named.items():
         value = value.detach()
-        expected = value.float().numpy().astype(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
+        expected = (
+            value.float().numpy().astype(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
+        )
         assert found[name].dtype == expected.dtype and found[name].shape == expected.shape, name
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
@@ -204,7 +231,9 @@ class Attack:
 def test_code_in_a_pickle_is_not_run(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     touched, path = tmp_path / "touched", tmp_path / "x.pth"
-    path.write_bytes(saved(torch, {"w": torch.zeros(1), "x": Attack(touched)}, _use_new_zipfile_serialization=zipped))
+    path.write_bytes(
+        saved(torch, {"w": torch.zeros(1), "x": Attack(touched)}, _use_new_zipfile_serialization=zipped)
+    )
     with pytest.raises(WeightsError, match="system|nothing was run"):
         files.read(path)
     assert not touched.exists()
@@ -212,7 +241,14 @@ def test_code_in_a_pickle_is_not_run(tmp_path, zipped):
     assert touched.exists()
 
 
-GLOBALS = [("builtins", "eval"), ("builtins", "getattr"), ("os", "system"), ("torch", "load"), ("numpy", "load"), ("torch._utils", "os")]
+GLOBALS = [
+    ("builtins", "eval"),
+    ("builtins", "getattr"),
+    ("os", "system"),
+    ("torch", "load"),
+    ("numpy", "load"),
+    ("torch._utils", "os"),
+]
 
 
 @pytest.mark.parametrize("module, name", GLOBALS)
@@ -233,14 +269,21 @@ def crafted(path: Path, offset: int, shape: tuple, strides: tuple, numbers: int 
         entries = {name: archive.read(name) for name in archive.namelist()}
     pickled = next(name for name in entries if name.endswith("data.pkl"))
 
-    class Writer(pickle._Pickler):  # noqa: SLF001
+    class Writer(pickle._Pickler):
         def persistent_id(self, value):
             return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
 
     class Tensor:
         def __reduce__(self):
             storage = ("storage", torch.FloatStorage, "0", "cpu", numbers)
-            return torch._utils._rebuild_tensor_v2, (storage, offset, shape, strides, False, collections.OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (
+                storage,
+                offset,
+                shape,
+                strides,
+                False,
+                collections.OrderedDict(),
+            )
 
     buffer = io.BytesIO()
     Writer(buffer, protocol=2).dump({"w": Tensor()})
@@ -250,11 +293,21 @@ def crafted(path: Path, offset: int, shape: tuple, strides: tuple, numbers: int 
     return path
 
 
-@pytest.mark.parametrize("offset, shape, strides", [
-    (0, (7,), (1,)), (4, (3,), (1,)), (-1, (2,), (1,)), (0, (2, 2), (5, 2)), (3, (2,), (-3,)), (10**15, (1,), (1,)),
-])
+@pytest.mark.parametrize(
+    "offset, shape, strides",
+    [
+        (0, (7,), (1,)),
+        (4, (3,), (1,)),
+        (-1, (2,), (1,)),
+        (0, (2, 2), (5, 2)),
+        (3, (2,), (-3,)),
+        (10**15, (1,), (1,)),
+    ],
+)
 def test_a_tensor_that_reaches_beyond_its_storage(tmp_path, offset, shape, strides):
-    np.testing.assert_array_equal(files.read(crafted(tmp_path / "good.pth", 1, (2, 2), (2, 1)))["w"], np.zeros((2, 2)))
+    np.testing.assert_array_equal(
+        files.read(crafted(tmp_path / "good.pth", 1, (2, 2), (2, 1)))["w"], np.zeros((2, 2))
+    )
     with pytest.raises(WeightsError, match="beyond its storage"):
         files.read(crafted(tmp_path / "x.pth", offset, shape, strides))
 
@@ -287,9 +340,13 @@ def test_damaged_numbers_are_noticed(tmp_path):
 
 
 STRANGERS = [
-    (b"", "an empty file"), (b"<!DOCTYPE html><html>", "an HTML or XML page"), (b"hello world", "something else"),
-    (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"), (b"PK\x03\x04rest", "damaged or cut off"),
-    (b"\x80\x02nonsense", "damaged|not weights"), (b"\x10\0\0\0\0\0\0\0{\"a\": 1}        ", "no whole safetensors"),
+    (b"", "an empty file"),
+    (b"<!DOCTYPE html><html>", "an HTML or XML page"),
+    (b"hello world", "something else"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
+    (b"PK\x03\x04rest", "damaged or cut off"),
+    (b"\x80\x02nonsense", "damaged|not weights"),
+    (b'\x10\0\0\0\0\0\0\0{"a": 1}        ', "no whole safetensors"),
 ]
 
 
@@ -303,7 +360,11 @@ def test_other_files(tmp_path, data, said):
 
 def test_other_pickles_and_archives(tmp_path):
     torch = pytest.importorskip("torch")
-    for content, said in [([1, 2], "found list"), ({"lr": 1.0}, "found a dict of lr"), (torch.zeros(2), "found Tensor")]:
+    for content, said in [
+        ([1, 2], "found list"),
+        ({"lr": 1.0}, "found a dict of lr"),
+        (torch.zeros(2), "found Tensor"),
+    ]:
         (tmp_path / "x.pth").write_bytes(saved(torch, content))
         with pytest.raises(WeightsError, match=said):
             files.read(tmp_path / "x.pth")
@@ -322,7 +383,10 @@ def test_settings_beside_weights_stay_inert(tmp_path):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_shards(tmp_path, kind):
-    parts = [{"a": np.arange(3.0, dtype=np.float32)}, {"b": np.ones((2, 2), np.float16), "c": np.zeros(1, np.float32)}]
+    parts = [
+        {"a": np.arange(3.0, dtype=np.float32)},
+        {"b": np.ones((2, 2), np.float16), "c": np.zeros(1, np.float32)},
+    ]
     names = [f"model-0000{i}-of-00002.{kind}" for i in (1, 2)]
     for name, part in zip(names, parts, strict=True):
         if kind == "bin":
@@ -358,7 +422,9 @@ def hub_file(folder: Path, network=None, **fields) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fields", [{}, dict(registers=4), dict(ffn="swiglu"), dict(layerscale=0.0), dict(mask_token=False, depth=3)])
+@pytest.mark.parametrize(
+    "fields", [{}, dict(registers=4), dict(ffn="swiglu"), dict(layerscale=0.0), dict(mask_token=False, depth=3)]
+)
 def test_a_network_is_told_from_its_arrays(tmp_path, fields):
     network = ViT(**dict(SMALL, heads=1) | fields)
     path = hub_file(tmp_path, network)
@@ -389,10 +455,16 @@ def test_a_config_of_another_network(tmp_path):
 CONFIG = huggingface.write_config(dict(SMALL, patch_size=14, registers=0, ffn="mlp"), "float32")
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(model_type="bert"), "found 'bert'"), (dict(hidden_act="relu"), "hidden_act='relu'"),
-    (dict(mlp_ratio=3), "mlp_ratio=3"), (dict(layer_norm_eps=1e-5), "layer_norm_eps"), (dict(hidden_size=None), "hidden_size"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(model_type="bert"), "found 'bert'"),
+        (dict(hidden_act="relu"), "hidden_act='relu'"),
+        (dict(mlp_ratio=3), "mlp_ratio=3"),
+        (dict(layer_norm_eps=1e-5), "layer_norm_eps"),
+        (dict(hidden_size=None), "hidden_size"),
+    ],
+)
 def test_configs_that_are_refused(change, said):
     assert huggingface.read_config(CONFIG, "test")[0] == "hf_dinov2"
     with pytest.raises(WeightsError, match=said):
@@ -402,11 +474,19 @@ def test_configs_that_are_refused(change, said):
 PROCESSOR = huggingface.write_preprocess(huggingface.Preprocess(64, 56, (0.5,), (0.25,)))
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(size={"height": 56, "width": 56}), "size: expected one side"), (dict(crop_size={"height": 56, "width": 70}), "crop_size"),
-    (dict(resample=0), "resample=0"), (dict(rescale_factor=1.0), "rescale_factor=1.0"), (dict(do_normalize=False), "do_normalize"),
-    (dict(crop_size=70), "a crop inside"), (dict(do_center_crop=False), "centre crop"), (dict(image_mean=[0.5]), "three channels"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(size={"height": 56, "width": 56}), "size: expected one side"),
+        (dict(crop_size={"height": 56, "width": 70}), "crop_size"),
+        (dict(resample=0), "resample=0"),
+        (dict(rescale_factor=1.0), "rescale_factor=1.0"),
+        (dict(do_normalize=False), "do_normalize"),
+        (dict(crop_size=70), "a crop inside"),
+        (dict(do_center_crop=False), "centre crop"),
+        (dict(image_mean=[0.5]), "three channels"),
+    ],
+)
 def test_processors_that_are_refused(change, said):
     settings = huggingface.read_preprocess(PROCESSOR, "test")
     assert settings == huggingface.Preprocess(64, 56, (0.5,), (0.25,))
@@ -443,7 +523,10 @@ def cached(cache: Path, repository: str, contents: dict[str, bytes]) -> Path:
 def test_a_repository_in_the_cache(cache, tmp_path):
     weights = formats.write("hf_dinov2", arrays_of(ViT(**SMALL)), "test")
     files.write(tmp_path / "model.safetensors", weights)
-    contents = {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "config.json": json.dumps(CONFIG).encode()}
+    contents = {
+        "model.safetensors": (tmp_path / "model.safetensors").read_bytes(),
+        "config.json": json.dumps(CONFIG).encode(),
+    }
     snapshot = cached(cache, "someone/something", contents)
     assert huggingface.fetch_folder("someone/something") == snapshot
     encoder = encoders.load("hf:someone/something")

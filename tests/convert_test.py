@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def hub(folder: Path, network: ViT, dtype=np.float32, heads=()) -> Path:
     """A folder as the RAD-DINO release lays it out: the backbone in the names of the hub, heads beside it."""
     folder.mkdir()
-    files.write(folder / "backbone_compatible.safetensors", formats.write("dinov2", arrays_of(network, dtype), "test"))
+    files.write(
+        folder / "backbone_compatible.safetensors", formats.write("dinov2", arrays_of(network, dtype), "test")
+    )
     for name in heads:
         files.write(folder / f"{name}.safetensors", formats.write("dino_head", head_arrays(), "test"))
     return folder
@@ -70,7 +72,9 @@ def test_training_checkpoints_and_single_files(tmp_path):
     torch = pytest.importorskip("torch")
     backbone = formats.write("dinov2", arrays_of(NETWORKS["plain"]), "test")
     head = formats.write("dino_head", head_arrays(), "test")
-    teacher = {f"backbone.{n.replace('blocks.', 'blocks.0.', 1)}": torch.from_numpy(v) for n, v in backbone.items()}
+    teacher = {
+        f"backbone.{n.replace('blocks.', 'blocks.0.', 1)}": torch.from_numpy(v) for n, v in backbone.items()
+    }
     teacher |= {f"dino_head.{n}": torch.from_numpy(v) for n, v in head.items()}
     torch.save({"teacher": teacher, "iteration": 7}, tmp_path / "teacher_checkpoint.pth")
     convert.convert(str(tmp_path / "teacher_checkpoint.pth"), tmp_path / "run", "orbax")
@@ -81,7 +85,8 @@ def test_training_checkpoints_and_single_files(tmp_path):
     assert any("dino_head" in line and "step 0" in line for line in lines)
     same, _ = encoders.load_modules(str(tmp_path / "run" / "checkpoints" / "0"))
     equal(trees.flatten(same), trees.flatten(modules)) if same["ibot_head"] else equal(
-        trees.flatten(same["backbone"]), trees.flatten(modules["backbone"]))
+        trees.flatten(same["backbone"]), trees.flatten(modules["backbone"])
+    )
 
 
 def test_heads_on_their_own_and_backbones_without(tmp_path):
@@ -98,7 +103,9 @@ def test_heads_on_their_own_and_backbones_without(tmp_path):
 def test_an_untrained_mask_token_is_said(tmp_path):
     arrays = arrays_of(NETWORKS["plain"]) | {"mask_token": np.zeros((1, 64), np.float32)}
     files.write(tmp_path / "x.safetensors", formats.write("dinov2", arrays, "test"))
-    assert any("mask token is zero" in line for line in encoders.load_modules(str(tmp_path / "x.safetensors"))[1])
+    assert any(
+        "mask token is zero" in line for line in encoders.load_modules(str(tmp_path / "x.safetensors"))[1]
+    )
 
 
 def test_what_a_format_insists_on_is_added(tmp_path):
@@ -137,13 +144,16 @@ def reshaped(arrays: dict) -> dict:
     return arrays | {"blocks.1.mlp.fc1.weight": arrays["blocks.1.mlp.fc1.weight"][:-1]}
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (without("blocks.1.attn.qkv.bias"), r"missing \(1\): blocks_1/attn/qkv/bias"),
-    (without("pos_embed"), "lacks pos_embed"),
-    (reshaped, r"blocks_1/mlp/fc1/kernel: expected \(64, 256\), found \(64, 255\)"),
-    (lambda arrays: arrays | {"surplus": np.zeros(1)}, r"surplus \(1,\): matched by 0 rules"),
-    (without(*(f"blocks.0.{n}" for n in ("norm1.weight", "norm1.bias"))), "lacks blocks_0/norm1/scale"),
-])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (without("blocks.1.attn.qkv.bias"), r"missing \(1\): blocks_1/attn/qkv/bias"),
+        (without("pos_embed"), "lacks pos_embed"),
+        (reshaped, r"blocks_1/mlp/fc1/kernel: expected \(64, 256\), found \(64, 255\)"),
+        (lambda arrays: arrays | {"surplus": np.zeros(1)}, r"surplus \(1,\): matched by 0 rules"),
+        (without(*(f"blocks.0.{n}" for n in ("norm1.weight", "norm1.bias"))), "lacks blocks_0/norm1/scale"),
+    ],
+)
 def test_a_spoiled_backbone_leaves_nothing_behind(tmp_path, spoil, said):
     foreign = formats.write("dinov2", arrays_of(NETWORKS["plain"]), "test")
     files.write(tmp_path / "x.safetensors", spoil(foreign))
@@ -178,9 +188,15 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_networks_that_are_not_converted(tmp_path):
     from conversion_test import NETWORKS as ALL
 
-    files.write(tmp_path / "clip.safetensors", formats.write("clip_openai", arrays_of(ALL["clip_openai"][0]), "test"))
+    files.write(
+        tmp_path / "clip.safetensors", formats.write("clip_openai", arrays_of(ALL["clip_openai"][0]), "test")
+    )
     files.write(tmp_path / "head.safetensors", formats.write("dino_head", head_arrays(), "test"))
-    for name, said in [("clip", "clip_openai weights"), ("head", "no encoder"), ("nothing", "neither an encoder")]:
+    for name, said in [
+        ("clip", "clip_openai weights"),
+        ("head", "no encoder"),
+        ("nothing", "neither an encoder"),
+    ]:
         with pytest.raises(WeightsError, match=said):
             convert.convert(str(tmp_path / f"{name}.safetensors"), tmp_path / "out", "hf")
     with pytest.raises(WeightsError, match="no network that DINOv2 training can continue"):
@@ -191,10 +207,24 @@ def test_networks_that_are_not_converted(tmp_path):
 
 
 TINY = {
-    "batch_size": 8, "group_size": 1, "koleo_group": 4, "steps": 2, "log_every": 1, "checkpoint_every": 2,
-    "model.width": 32, "model.depth": 2, "model.heads": 2, "model.patch_size": 8, "model.image_size": 48,
-    "views.global_size": 48, "views.local_size": 24, "head.prototypes": 16, "head.bottleneck": 8, "head.hidden": 16,
-    "data.image_size": 56, "data.synthetic_size": 16,
+    "batch_size": 8,
+    "group_size": 1,
+    "koleo_group": 4,
+    "steps": 2,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.patch_size": 8,
+    "model.image_size": 48,
+    "views.global_size": 48,
+    "views.local_size": 24,
+    "head.prototypes": 16,
+    "head.bottleneck": 8,
+    "head.hidden": 16,
+    "data.image_size": 56,
+    "data.synthetic_size": 16,
 }
 
 
@@ -273,7 +303,9 @@ def test_a_workdir_and_back(workdir, tmp_path, to):
     film = real_films(1)
     if to == "orbax":
         assert after.preprocess == before.preprocess and after.fields == before.fields
-        out = [e(e.preprocess(film))["cls"] for e in (encoders.load(str(p)) for p in (workdir, tmp_path / "out"))]
+        out = [
+            e(e.preprocess(film))["cls"] for e in (encoders.load(str(p)) for p in (workdir, tmp_path / "out"))
+        ]
         np.testing.assert_array_equal(*out)
 
 
@@ -287,7 +319,14 @@ def test_the_torch_layout_loads_strict(workdir, tmp_path):
     mask_token = state.pop("mask_token")
     assert mask_token.shape == (1, 32)
     model = timm.models.VisionTransformer(
-        img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, init_values=1.0, global_pool="token"
+        img_size=48,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        init_values=1.0,
+        global_pool="token",
     )
     model.load_state_dict(state, strict=True)
     encoder = encoders.load(str(tmp_path / "out"))
@@ -326,7 +365,14 @@ def test_the_command(tmp_path, capsys):
     source = str(hub(tmp_path / "hub", NETWORKS["plain"], heads=["dino_head"]))
     done = run(source, str(tmp_path / "out"), "--to=hf")
     assert done.returncode == 0, done.stderr
-    for expected in ("blocks_*/attn/qkv/kernel", "64x192 float32", "x 2", "checksum", "bytes, sha256", "dino_head: 8 arrays"):
+    for expected in (
+        "blocks_*/attn/qkv/kernel",
+        "64x192 float32",
+        "x 2",
+        "checksum",
+        "bytes, sha256",
+        "dino_head: 8 arrays",
+    ):
         assert expected in done.stdout, done.stdout
     assert convert.main([source, str(tmp_path / "out"), "--to=hf"]) == 2
     assert "is there already" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Features of many films: one row per readable file, in order, equal to the film alone, and no loss when interrupted."""
+"""Features of many films: one row per readable file, in order, as of the film alone, and no loss when interrupted."""
 
 import csv
 import json
@@ -32,7 +32,9 @@ def random_arrays(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def tiny(seed: int = 0) -> encoders.Encoder:
-    return encoders.Encoder("tiny", ViT(**FIELDS), trees.unflatten(random_arrays(seed)), Preprocess(32, 32, (0.5,), (0.25,)))
+    return encoders.Encoder(
+        "tiny", ViT(**FIELDS), trees.unflatten(random_arrays(seed)), Preprocess(32, 32, (0.5,), (0.25,))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def folder(tmp_path) -> Path:
     root = tmp_path / "films"
     (root / "b").mkdir(parents=True)
     for i in range(11):
-        Image.fromarray(picture(i)).save(root / ("b" if i % 3 == 1 else "") / f"film{i:02}.{'png' if i % 2 else 'jpg'}")
+        Image.fromarray(picture(i)).save(
+            root / ("b" if i % 3 == 1 else "") / f"film{i:02}.{'png' if i % 2 else 'jpg'}"
+        )
     (root / "b" / "notes.csv").write_text("a,b\n1,2\n")
     (root / "a page.jpg").write_text("<html>not found</html>")
     whole = (root / "film02.jpg").read_bytes()
@@ -81,7 +85,11 @@ def check(encoder, root: Path, table: dict, patches: str = "") -> None:
 def test_a_folder(encoder, folder, tmp_path, suffix, patches):
     out = tmp_path / f"out.{suffix}"
     table = embed.embed(encoder, folder, out, patches=patches, batch_size=4)
-    assert len(table["id"]) == 11 and {row["id"] for row in table["rejects"]} == {"a page.jpg", "cut.jpg", "b/notes.csv"}
+    assert len(table["id"]) == 11 and {row["id"] for row in table["rejects"]} == {
+        "a page.jpg",
+        "cut.jpg",
+        "b/notes.csv",
+    }
     check(encoder, folder, table, patches)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["films", out.name, "rejects.csv", *(["out.patches.npy"] if patches == "full" else [])]
@@ -124,7 +132,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, place: str, time_: int) -> None:
-    """The `time_`-th write ends the run: before its numbers, between numbers and progress, or inside the progress line."""
+    """The `time_`-th write ends the run: before its numbers, between them and the progress line, or inside that."""
     calls = {"n": 0}
     append, whole = embed.Work.append, embed._append
 
@@ -204,17 +212,22 @@ def test_a_finished_file_is_kept(encoder, folder, tmp_path):
 # --- lists --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, text, column", [
-    ("list.csv", "patient,path\n1,film02.jpg\n2,b/film01.png\n", ""),
-    ("list.csv", "\ufefffile,where\nx,film02.jpg\ny,b/film01.png\n", "where"),
-    ("list.txt", "film02.jpg\n\nb/film01.png\n", ""),
-])
+@pytest.mark.parametrize(
+    "name, text, column",
+    [
+        ("list.csv", "patient,path\n1,film02.jpg\n2,b/film01.png\n", ""),
+        ("list.csv", "\ufefffile,where\nx,film02.jpg\ny,b/film01.png\n", "where"),
+        ("list.txt", "film02.jpg\n\nb/film01.png\n", ""),
+    ],
+)
 def test_lists(encoder, folder, name, text, column):
     """Rows in the order of the list, named as the list names them, paths from where it lies."""
     (folder / name).write_text(text, encoding="utf-8")
     table = embed.embed(encoder, folder / name, column=column)
     assert list(table["id"]) == ["film02.jpg", "b/film01.png"]
-    np.testing.assert_allclose(table["cls"][1], alone(encoder, folder / "b/film01.png")["cls"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        table["cls"][1], alone(encoder, folder / "b/film01.png")["cls"], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_listed_file_that_is_not_there_is_a_reject(encoder, folder):
@@ -231,10 +244,14 @@ def test_lists_that_are_refused(encoder, folder, tmp_path):
     (folder / "list.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty").mkdir()
     for source, options, said in [
-        (folder / "list.csv", {}, "no column"), (folder / "list.csv", dict(column="c"), "no column 'c'.*of a, b"),
-        (tmp_path / "gone", {}, "is not there"), (tmp_path / "empty", {}, "holds no files"),
-        (folder, dict(out=tmp_path / "x.csv"), "ends in .npz or .parquet"), (folder, dict(patches="all"), "patches is one of"),
-        (folder, dict(mode="loud"), "mode one of"), (folder, dict(batch_size=0), "batch_size"),
+        (folder / "list.csv", {}, "no column"),
+        (folder / "list.csv", dict(column="c"), "no column 'c'.*of a, b"),
+        (tmp_path / "gone", {}, "is not there"),
+        (tmp_path / "empty", {}, "holds no files"),
+        (folder, dict(out=tmp_path / "x.csv"), "ends in .npz or .parquet"),
+        (folder, dict(patches="all"), "patches is one of"),
+        (folder, dict(mode="loud"), "mode one of"),
+        (folder, dict(batch_size=0), "batch_size"),
     ]:
         with pytest.raises(embed.EmbedError, match=said):
             embed.embed(encoder, source, **options)
@@ -266,7 +283,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_command_over_dicom_files(weights, cxr, tmp_path):
     """One row per readable file, the list beside them rejected; last on stdout one JSON object with the rate."""
     out = tmp_path / "out.npz"
-    done = run(f"--encoder={weights}", f"--images={cxr / 'dicom'}", f"--out={out}", "--batch_size=4", "--dtype=bfloat16")
+    done = run(
+        f"--encoder={weights}",
+        f"--images={cxr / 'dicom'}",
+        f"--out={out}",
+        "--batch_size=4",
+        "--dtype=bfloat16",
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     everything = [p for p in (cxr / "dicom").rglob("*") if p.is_file()]
@@ -302,7 +325,8 @@ def test_the_command_over_all_films_killed_and_resumed(weights, cxr, tmp_path):
 def test_the_command_refuses(weights, folder, tmp_path, capsys):
     out = f"--out={tmp_path / 'out.npz'}"
     for arguments, said in [
-        (["--encoder=resnet"], "neither an encoder"), (["--encoder=mrm"], "not on the Hugging Face Hub"),
+        (["--encoder=resnet"], "neither an encoder"),
+        (["--encoder=mrm"], "not on the Hugging Face Hub"),
         ([f"--encoder={weights}", "--weights=gone.pth"], "gone.pth"),
     ]:
         assert embed.main([*arguments, f"--images={folder}", out]) == 2
@@ -315,4 +339,6 @@ def test_nothing_readable(weights, tmp_path, capsys):
     arguments = [f"--encoder={weights}", f"--images={tmp_path / 'films'}", f"--out={tmp_path / 'out.npz'}"]
     assert embed.main(arguments) == 1
     assert "none of 1 files" in capsys.readouterr().err
-    assert not (tmp_path / "out.npz").exists() and "page.png,NotAnImage" in (tmp_path / "rejects.csv").read_text()
+    assert (
+        not (tmp_path / "out.npz").exists() and "page.png,NotAnImage" in (tmp_path / "rejects.csv").read_text()
+    )

@@ -49,8 +49,13 @@ def randomised(module):
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             if value.is_floating_point():
                 fresh = torch.randn_like(value) * (0.3 if value.ndim < 2 else 0.6 * value[0].numel() ** -0.5)
-                scales = re.search(r"(norm|bn|ln_|layernorm|ls\d|layer_scale|downsample\.1|projector.model.1).*(weight|gamma|lambda1)$", name)
-                value.copy_(fresh.abs() + 0.7 if name.endswith("running_var") else fresh + 1 if scales else fresh)
+                scales = re.search(
+                    r"(norm|bn|ln_|ls\d|layer_scale|downsample\.1|projector.model.1).*(weight|gamma|lambda1)$",
+                    name,
+                )
+                value.copy_(
+                    fresh.abs() + 0.7 if name.endswith("running_var") else fresh + 1 if scales else fresh
+                )
     return module.eval()
 
 
@@ -69,14 +74,18 @@ def compare(load, pictures, expected: dict) -> encoders.Encoder:
         encoder = load(dtype)
         batch = encoder.preprocess(pictures)
         found = dict(encoder.stages(batch))
-        if dtype == "float32":  # the stages say as much of the other type, and compiling is what costs time here
+        if (
+            dtype == "float32"
+        ):  # the stages say as much of the other type, and compiling is what costs time here
             found |= {f"e.{name}": value for name, value in encoder(batch).items()}
         errors = {}
         for name in expected.keys() & found.keys():
             value = expected[name]
             value = value.detach().float().numpy()
             ours = np.asarray(found[name], np.float32)
-            errors[name] = relative(ours, np.moveaxis(value, 1, -1) if ours.ndim == 4 and ours.shape != value.shape else value)
+            errors[name] = relative(
+                ours, np.moveaxis(value, 1, -1) if ours.ndim == 4 and ours.shape != value.shape else value
+            )
         print(dtype, {name: f"{error:.0e}" for name, error in errors.items()})
         worst = max(errors, key=errors.get)
         assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}, at most {tolerance} in {dtype}"
@@ -85,7 +94,11 @@ def compare(load, pictures, expected: dict) -> encoders.Encoder:
 
 def three_channels(pictures, settings: Preprocess, resize_and_crop) -> "torch.Tensor":
     """What the released pipeline feeds its network: three normalised channels [n, 3, S, S]."""
-    levels = np.stack([resize_and_crop(film) for film in pictures])[:, None].astype(np.float32) * settings.scale / 255
+    levels = (
+        np.stack([resize_and_crop(film) for film in pictures])[:, None].astype(np.float32)
+        * settings.scale
+        / 255
+    )
     mean, std = (np.asarray(v, np.float32).reshape(1, -1, 1, 1) for v in (settings.mean, settings.std))
     return torch.from_numpy(np.broadcast_to((levels - mean) / std, (len(levels), 3, *levels.shape[2:])).copy())
 
@@ -94,7 +107,14 @@ def three_channels(pictures, settings: Preprocess, resize_and_crop) -> "torch.Te
 
 
 def dinov2(folder: Path, registers: int, swiglu: bool = False, crop: int = 56, size: int = 56, **settings):
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=size, patch_size=14, use_swiglu_ffn=swiglu)
+    sizes = dict(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=size,
+        patch_size=14,
+        use_swiglu_ffn=swiglu,
+    )
     if registers:
         config = transformers.Dinov2WithRegistersConfig(num_register_tokens=registers, **sizes)
         model = transformers.Dinov2WithRegistersModel(config)
@@ -102,7 +122,8 @@ def dinov2(folder: Path, registers: int, swiglu: bool = False, crop: int = 56, s
         model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     randomised(model).save_pretrained(folder)
     transformers.BitImageProcessorPil(
-        size={"shortest_edge": crop + 8}, crop_size={"height": crop, "width": crop},
+        size={"shortest_edge": crop + 8},
+        crop_size={"height": crop, "width": crop},
         **dict(image_mean=[0.5307] * 3, image_std=[0.2583] * 3) | settings,
     ).save_pretrained(folder)
     return model
@@ -116,22 +137,31 @@ def dinov2_stages(model, pixels) -> dict:
     side = int((out.last_hidden_state.shape[1] - 1 - registers) ** 0.5)
     patches = out.last_hidden_state[:, 1 + registers :]
     return {
-        "embedded": out.hidden_states[0], **blocks, "cls": out.pooler_output, "patches": patches,
-        "e.cls": out.pooler_output, "e.patches": patches.reshape(len(patches), side, side, -1),
+        "embedded": out.hidden_states[0],
+        **blocks,
+        "cls": out.pooler_output,
+        "patches": patches,
+        "e.cls": out.pooler_output,
+        "e.patches": patches.reshape(len(patches), side, side, -1),
     }
 
 
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 
 
-@pytest.mark.parametrize("registers, swiglu, crop, statistics", [(0, False, 56, {}), (4, False, 70, IMAGENET), (0, True, 42, IMAGENET)])
+@pytest.mark.parametrize(
+    "registers, swiglu, crop, statistics",
+    [(0, False, 56, {}), (4, False, 70, IMAGENET), (0, True, 42, IMAGENET)],
+)
 def test_dinov2(tmp_path, registers, swiglu, crop, statistics):
     """At the stored size and where transformers resizes position embeddings."""
     model = dinov2(tmp_path, registers, swiglu, crop, **statistics)
     processor = transformers.BitImageProcessorPil.from_pretrained(tmp_path)
     pictures = films()
     pixels = processor([Image.fromarray(film) for film in pictures], return_tensors="pt")["pixel_values"]
-    encoder = compare(lambda dtype: encoders.load(str(tmp_path), dtype=dtype), pictures, dinov2_stages(model, pixels))
+    encoder = compare(
+        lambda dtype: encoders.load(str(tmp_path), dtype=dtype), pictures, dinov2_stages(model, pixels)
+    )
     assert (encoder.image_size, encoder.patch_size, encoder.width) == (crop, 14, 64)
     if not statistics:
         np.testing.assert_allclose(encoder.preprocess(pictures)[..., 0], pixels[:, 0], atol=1e-5)
@@ -143,21 +173,36 @@ def test_dinov2(tmp_path, registers, swiglu, crop, statistics):
 def small(name: str, network, **preprocess) -> encoders.Row:
     """The row of an encoder with a network of test size."""
     row = encoders.ENCODERS[name]
-    return dataclasses.replace(row, network=network, preprocess=dataclasses.replace(row.preprocess, **preprocess))
+    return dataclasses.replace(
+        row, network=network, preprocess=dataclasses.replace(row.preprocess, **preprocess)
+    )
 
 
-CLIP_SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, image_size=56, patch_size=14)
+CLIP_SIZES = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=256,
+    image_size=56,
+    patch_size=14,
+)
 SMALL_CLIP = CLIPViT(64, 2, 4, patch_size=14, image_size=56, projection=32)
 
 
 def clip_processor(size: int = 56):
-    return transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
 
 
 def clip_stages(out) -> dict:
     return {
-        "embedded": out.hidden_states[0], "blocks_0": out.hidden_states[1], "blocks_1": out.hidden_states[2],
-        "cls": out.pooler_output, "patches": out.last_hidden_state[:, 1:], "e.cls": out.pooler_output,
+        "embedded": out.hidden_states[0],
+        "blocks_0": out.hidden_states[1],
+        "blocks_1": out.hidden_states[2],
+        "cls": out.pooler_output,
+        "patches": out.last_hidden_state[:, 1:],
+        "e.cls": out.pooler_output,
     }
 
 
@@ -175,7 +220,9 @@ def test_clip_from_hugging_face(tmp_path):
         out = model.vision_model(pixels, output_hidden_states=True)
         expected = clip_stages(out) | {"projected": model.visual_projection(out.pooler_output)}
     row = small("clip_vitl14_224", SMALL_CLIP, resize=56, crop=56)
-    by_row = compare(lambda dtype: encoders.open_row("clip_vitl14_224", row, str(tmp_path), dtype), pictures, expected)
+    by_row = compare(
+        lambda dtype: encoders.open_row("clip_vitl14_224", row, str(tmp_path), dtype), pictures, expected
+    )
     by_path = encoders.load(str(tmp_path))
     same_params(by_path, by_row)
 
@@ -193,7 +240,9 @@ def test_clip_without_the_projection(tmp_path):
     prefixed = {f"vision_model.{name}": value for name, value in model.state_dict().items()}
     torch.save(prefixed | {"visual_projection.weight": torch.ones(32, 64)}, tmp_path / "whole.bin")
     row = small("clip_vitl14_336", SMALL_CLIP, resize=56, crop=56)
-    tower, whole = (encoders.open_row("clip_vitl14_336", row, str(tmp_path / name)) for name in ("tower", "whole.bin"))
+    tower, whole = (
+        encoders.open_row("clip_vitl14_336", row, str(tmp_path / name)) for name in ("tower", "whole.bin")
+    )
     assert tower.network == whole.network.clone(projection=0)
     ours, theirs = trees.flatten(tower.params), trees.flatten(whole.params)
     assert theirs.keys() - ours.keys() == {"proj/kernel"}
@@ -227,7 +276,9 @@ def chexzero_pipeline(film: np.ndarray, pad: int, size: int) -> np.ndarray:
     ratio = pad / max(film.shape)
     shape = tuple(int(side * ratio) for side in film.shape[::-1])
     canvas = Image.new("L", (pad, pad))
-    canvas.paste(Image.fromarray(film).resize(shape, Image.LANCZOS), ((pad - shape[0]) // 2, (pad - shape[1]) // 2))
+    canvas.paste(
+        Image.fromarray(film).resize(shape, Image.LANCZOS), ((pad - shape[0]) // 2, (pad - shape[1]) // 2)
+    )
     tensor = torch.from_numpy(np.repeat(np.asarray(canvas, np.float32)[None], 3, axis=0))
     tensor = functional.normalize(tensor, (101.48761,) * 3, (83.43944,) * 3)
     return functional.resize(tensor, size, functional.InterpolationMode.BICUBIC, antialias=False)
@@ -248,7 +299,10 @@ def test_chexzero(tmp_path):
     row = small("chexzero", SMALL_CHEXZERO, resize=40, crop=40, pad=64)
     cls = out["norm"][:, 0] if out["norm"].ndim == 3 else out["norm"]
     expected = {name: out[name] for name in ("embedded", *blocks)} | {
-        "cls": cls, "e.cls": cls, "projected": out["returned"], "patches": out["blocks_1"][:, 1:],
+        "cls": cls,
+        "e.cls": cls,
+        "projected": out["returned"],
+        "patches": out["blocks_1"][:, 1:],
     }
     encoder = compare(lambda dtype: encoders.open_row("chexzero", row, str(path), dtype), pictures, expected)
     np.testing.assert_allclose(encoder.preprocess(pictures)[..., 0], pixels[:, 0], atol=1e-5)
@@ -271,7 +325,7 @@ def test_clip_as_openai_publishes_it(tmp_path):
 def timm_vit():
     timm = pytest.importorskip("timm")
     return timm.models.VisionTransformer(
-        img_size=48, patch_size=16, embed_dim=64, depth=2, num_heads=4, num_classes=0, global_pool="token",
+        img_size=48, patch_size=16, embed_dim=64, depth=2, num_heads=4, num_classes=0, global_pool="token"
     )
 
 
@@ -282,7 +336,8 @@ def timm_stages(trunk, pixels, call) -> dict:
     blocks = {f"blocks_{i}": block for i, block in enumerate(trunk.blocks)}
     out = collected(call, {"embedded": trunk.norm_pre, "norm": trunk.norm, **blocks}, pixels)
     return {name: out[name] for name in ("embedded", *blocks, "returned")} | {
-        "cls": out["norm"][:, 0], "patches": out["norm"][:, 1:],
+        "cls": out["norm"][:, 0],
+        "patches": out["norm"][:, 1:],
     }
 
 
@@ -300,7 +355,10 @@ def test_biomedclip(tmp_path):
         model = open_clip.timm_model.TimmModel("vit_base_patch16_224", 32, pool="", proj="linear")
     model.trunk, model.head.proj = timm_vit(), torch.nn.Linear(64, 32, bias=False)
     state = {f"visual.{name}": value for name, value in randomised(model).state_dict().items()}
-    text = {"text.transformer.embeddings.word_embeddings.weight": torch.ones(3, 2), "logit_scale": torch.ones(())}
+    text = {
+        "text.transformer.embeddings.word_embeddings.weight": torch.ones(3, 2),
+        "logit_scale": torch.ones(()),
+    }
     torch.save(state | text, tmp_path / "open_clip_pytorch_model.bin")
     row = small("biomedclip", Projected(SMALL_TIMM, 32), resize=48, crop=48)
     pictures = films()
@@ -317,7 +375,10 @@ def test_mrm(tmp_path):
 
     trunk = randomised(timm_vit())
     state = dict(trunk.state_dict())
-    others = {name: torch.ones(2, 3) for name in ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight", "bert_mlp.weight")}
+    others = {
+        name: torch.ones(2, 3)
+        for name in ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight", "bert_mlp.weight")
+    }
     torch.save({"model": state | others, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, tmp_path / "MRM.pth")
     row = small("mrm", SMALL_TIMM, resize=48, crop=48)
     pictures = films()
@@ -341,7 +402,10 @@ def biovil_t(blocks=(1, 1, 1, 1)):
     encoder.missing_previous_emb = torch.nn.Parameter(torch.zeros(1, 256, 1, 1))
     encoder.vit_pooler = torch.nn.Linear(3, 3)  # which one film alone never reaches
     projector.model = torch.nn.Sequential(
-        torch.nn.Conv2d(512, 128, 1, bias=False), torch.nn.BatchNorm2d(128), torch.nn.ReLU(), torch.nn.Conv2d(128, 128, 1)
+        torch.nn.Conv2d(512, 128, 1, bias=False),
+        torch.nn.BatchNorm2d(128),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(128, 128, 1),
     )
     model.encoder, model.projector = encoder, projector
     return randomised(model)
@@ -358,8 +422,13 @@ def biovil_t_stages(model, pixels) -> dict:
     del out["returned"]
     mean = out["layer4"].mean((2, 3))
     return out | {
-        "fused": fused, "global": fused.mean((2, 3)), "projected_patches": projected,
-        "projected": projected.mean((2, 3)), "patches": out["layer4"], "e.cls": mean, "e.patches": out["layer4"],
+        "fused": fused,
+        "global": fused.mean((2, 3)),
+        "projected_patches": projected,
+        "projected": projected.mean((2, 3)),
+        "patches": out["layer4"],
+        "e.cls": mean,
+        "e.patches": out["layer4"],
     }
 
 
@@ -421,7 +490,9 @@ def test_squares_of_chexzero():
     row = small("chexzero", None, crop=40, pad=64)
     for size in SIZES:
         theirs = chexzero_pipeline(sized(*size), 64, 40)[0]
-        np.testing.assert_allclose(encoders.square(sized(*size), row.preprocess), theirs, atol=1e-5, err_msg=str(size))
+        np.testing.assert_allclose(
+            encoders.square(sized(*size), row.preprocess), theirs, atol=1e-5, err_msg=str(size)
+        )
 
 
 def test_standardised_as_in_training():
@@ -434,7 +505,9 @@ def test_standardised_as_in_training():
     assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [row.preprocess for row in encoders.ENCODERS.values()], ids=encoders.ENCODERS)
+@pytest.mark.parametrize(
+    "settings", [row.preprocess for row in encoders.ENCODERS.values()], ids=encoders.ENCODERS
+)
 def test_constant_and_extreme_films(settings):
     for film in [np.zeros((70, 90), np.uint8), np.full((70, 90), 255, np.uint8), sized(3, 150), sized(1, 1)]:
         found = encoders.square(film, settings)
@@ -453,7 +526,8 @@ def test_what_is_no_film():
 # --- the table of encoders ----------------------------------------------------------------------------------------
 
 NAMES = (
-    "rad_dino dinov2_vits14 dinov2_vitb14 dinov2_vitl14 dinov2_vitg14 clip_vitl14_224 clip_vitl14_336 biomedclip chexzero mrm biovil_t"
+    "rad_dino dinov2_vits14 dinov2_vitb14 dinov2_vitl14 dinov2_vitg14 "
+    "clip_vitl14_224 clip_vitl14_336 biomedclip chexzero mrm biovil_t"
 ).split()
 
 
@@ -481,10 +555,20 @@ def test_parameters_of_the_released_classes():
     with torch.device("meta"):
         vit = count(timm.create_model("vit_base_patch16_224", num_classes=0))
         clip = {
-            size: count(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=size,
-                patch_size=14, projection_dim=768,
-            ))) for size in (224, 336)
+            size: count(
+                transformers.CLIPVisionModelWithProjection(
+                    transformers.CLIPVisionConfig(
+                        hidden_size=1024,
+                        num_hidden_layers=24,
+                        num_attention_heads=16,
+                        intermediate_size=4096,
+                        image_size=size,
+                        patch_size=14,
+                        projection_dim=768,
+                    )
+                )
+            )
+            for size in (224, 336)
         }
         resnet = resnet50()
     found = {name: encoders.ENCODERS[name].parameters for name in NAMES}
@@ -496,21 +580,34 @@ def test_parameters_of_the_released_classes():
 
 
 TOKENS = {  # image side, patch side, width of what is probed
-    **dict.fromkeys(["rad_dino", "dinov2_vitb14"], (518, 14, 768)), "dinov2_vits14": (518, 14, 384),
-    "dinov2_vitl14": (518, 14, 1024), "dinov2_vitg14": (518, 14, 1536), "clip_vitl14_224": (224, 14, 1024),
-    "clip_vitl14_336": (336, 14, 1024), "biomedclip": (224, 16, 768), "chexzero": (224, 32, 768), "mrm": (224, 16, 768),
+    **dict.fromkeys(["rad_dino", "dinov2_vitb14"], (518, 14, 768)),
+    "dinov2_vits14": (518, 14, 384),
+    "dinov2_vitl14": (518, 14, 1024),
+    "dinov2_vitg14": (518, 14, 1536),
+    "clip_vitl14_224": (224, 14, 1024),
+    "clip_vitl14_336": (336, 14, 1024),
+    "biomedclip": (224, 16, 768),
+    "chexzero": (224, 32, 768),
+    "mrm": (224, 16, 768),
     "biovil_t": (448, 32, 2048),
 }
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name == "dinov2_vits14" else pytest.mark.slow) for name in NAMES if name != "dinov2_vitg14"
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "dinov2_vits14" else pytest.mark.slow)
+        for name in NAMES
+        if name != "dinov2_vitg14"
+    ],
+)
 def test_random_weights_need_no_files(name):
     encoder = encoders.load(name, weights="random")
     assert (encoder.image_size, encoder.patch_size, encoder.width) == TOKENS[name]
     side = encoder.image_size // encoder.patch_size
-    shapes = jax.eval_shape(encoder._features, encoder.params, np.zeros((2, encoder.image_size, encoder.image_size, 1)))
+    shapes = jax.eval_shape(
+        encoder._features, encoder.params, np.zeros((2, encoder.image_size, encoder.image_size, 1))
+    )
     assert shapes["patches"].shape[1:3] == (side, side) and shapes["cls"].shape == (2, encoder.width)
 
 
@@ -550,7 +647,9 @@ def test_other_features(folder):
 
 
 def test_weights_that_are_not_of_this_encoder(folder, tmp_path):
-    with pytest.raises(WeightsError, match=r"as rad_dino does not fit this model[\s\S]*expected \(768,\), found \(64,\)"):
+    with pytest.raises(
+        WeightsError, match=r"as rad_dino does not fit this model[\s\S]*expected \(768,\), found \(64,\)"
+    ):
         encoders.load("rad_dino", weights=str(folder))
     model = open_clip_model()
     torch.save(model.state_dict(), tmp_path / "clip.pt")
@@ -569,5 +668,8 @@ def test_random_weights_in_the_form_of_a_path(folder):
     encoder = encoders.load(str(folder), weights="random")
     other = encoders.load(str(folder))
     assert encoder.settings == other.settings and encoder.network == other.network
-    same = [np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(e.params) for e in (encoder, other)), strict=True)]
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(*(jax.tree.leaves(e.params) for e in (encoder, other)), strict=True)
+    ]
     assert not any(same)

@@ -341,17 +341,16 @@ def test_a_head_ends_on_the_unit_sphere_with_cosine_logits(layers):
     np.testing.assert_allclose(rows @ weights.T, _literal_head(params, x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_padded_token_has_a_finite_gradient_through_a_fresh_head():
-    """A row of zeros stays zero, for biases start at zero: the norm's gradient must not be NaN."""
+def test_a_padded_token_has_a_finite_gradient_through_a_head_whose_biases_are_zero_still():
+    """A row of zeros then stays zero: the gradient of its norm must not be NaN."""
     head = DINOHead(23, 12, 5, 2)
-
-    @jax.jit
-    @jax.value_and_grad
-    def run(x):
-        params = head.init(jax.random.key(0), x)["params"]
-        return head.apply({"params": params}, x).sum()
-
-    rows, grad = run(jnp.zeros((2, 7)))
+    shapes = jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, 7)))["params"]
+    params = trees.unflatten({
+        name: np.full(x.shape, 0.0 if name.endswith("bias") else 0.3, np.float32)
+        for name, x in trees.flatten(shapes).items()
+    })  # fmt: skip
+    run = jax.jit(jax.value_and_grad(lambda x: head.apply({"params": params}, x).sum()))
+    rows, grad = run(np.zeros((2, 7), np.float32))
     assert rows == 0 and np.isfinite(grad).all()
 
 
@@ -460,12 +459,19 @@ def test_stochastic_depth_drops_crops_of_the_student_alone_by_group():
 
 
 def test_bfloat16_heads_are_close_to_float32_and_leave_the_loss_in_float32():
-    (exact, (terms, _)), _ = _run(_gradient, _objective(separate=True))
-    half = _objective(separate=True, dtype=jnp.bfloat16)
-    (found, (rounded, _)), (grad, _) = _run(_gradient, half)
+    _, (terms, _) = _run(_value, _objective())
+    found, (rounded, _) = _run(_value, _objective(dtype=jnp.bfloat16))
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=0.02)
     for name in TERMS:  # bf16 has eight bits, and temperatures multiply by 10 and 20
         np.testing.assert_allclose(rounded[name], terms[name], rtol=0.05, err_msg=name)
-    for name, leaf in trees.flatten(grad).items():
-        assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all(), name
+
+
+@pytest.mark.slow
+def test_bfloat16_heads_give_float32_gradients_close_to_the_exact_ones():
+    _, exact = _run(_gradient, _objective(separate=True))
+    _, found = _run(_gradient, _objective(separate=True, dtype=jnp.bfloat16))
+    for name, grad in trees.flatten(found[0]).items():
+        expected = trees.flatten(exact[0])[name]
+        assert grad.dtype == jnp.float32, name
+        error = np.linalg.norm(grad - expected) / np.linalg.norm(expected)
+        assert error < 0.1, (name, error)  # eight bits, and temperatures multiply by 10 and 20

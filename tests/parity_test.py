@@ -5,6 +5,7 @@ are found by prefix, records by key pattern and every size is read from the file
 form tests the same things.
 """
 
+import json
 import os
 import random
 import re
@@ -18,10 +19,11 @@ import yaml
 from ml_collections import ConfigDict
 
 from configs import common, multicxr
-from raddino_jax import augment, losses, masking, optim, train
+from raddino_jax import augment, encoders, losses, masking, optim, train
 from raddino_jax import params as trees
 from raddino_jax.augment import ViewSettings
-from raddino_jax.conversion import rules, tables
+from raddino_jax.conversion import formats, rules, sources, tables
+from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.models import vit
 from raddino_jax.models.heads import DINOHead, prototypes
 from raddino_jax.objective import masked_tokens
@@ -937,3 +939,128 @@ def test_geometry_of_random_crops(file, match):
         if ends:  # extremes of n draws scatter on the scale of a few per cent of the range
             span = 0.05 * (ends[1] - ends[0])
             assert np.abs(np.subtract(ends, [values.min(), values.max()])).max() <= span
+
+
+# --- Hugging Face and the files of releases -----------------------------------------------------------------------
+
+HF_TOLERANCE = dict(rtol=1e-4, atol=2e-4)
+
+
+def golden_backbone(golden: dict) -> dict:
+    return trees.flatten(backbone_params(under(golden, "hub_param/"), "golden"))
+
+
+def hf_network(golden: dict) -> vit.ViT:
+    """The network of a golden's weights, whose number of heads only the outputs tell: it is the one that fits best."""
+    arrays = golden_backbone(golden)
+    heads = golden.get("cfg/num_heads", np.int64(1)).item()
+    network = vit.ViT(**sources.dinov2_fields(arrays, "golden", [], heads=heads))
+    if "cfg/num_heads" in golden:
+        return network
+    size, params = network.image_size, trees.unflatten(arrays)
+    images, expected = pixels(golden[f"in/{size}/u8"], 48), golden[f"out/{size}/hub_cls"]
+
+    def error(heads: int) -> float:
+        return np.abs(network.clone(heads=heads).apply({"params": params}, images)["cls"] - expected).max()
+
+    return network.clone(heads=min((h for h in range(1, network.width + 1) if network.width % h == 0), key=error))
+
+
+@pytest.mark.parametrize("path, size", records("hf_parity", r"in/(\d+)/u8"))
+def test_the_hub_and_hugging_face(path, size):
+    """The same weights in both: they differ where position embeddings are resized, and we follow either."""
+    golden = load(path)
+    network, params = hf_network(golden), trees.unflatten(golden_backbone(golden))
+    images = pixels(golden[f"in/{size}/u8"], 48)
+    hub, hf = (network.clone(offset=offset).apply({"params": params}, images) for offset in (network.offset, 0.0))
+    registers = jnp.zeros((len(images), 0, network.width)) if not network.registers else hf["registers"]
+    found = {
+        "hub_cls": hub["cls"], "hub_patch": hub["patches"], "hf_pooler_output": hf["cls"],
+        "hf_last_hidden_state": jnp.concatenate([hf["cls"][:, None], registers, hf["patches"]], axis=1),
+    }
+    compared = [name for name in found if f"out/{size}/{name}" in golden]
+    assert compared
+    for name in compared:
+        np.testing.assert_allclose(found[name], golden[f"out/{size}/{name}"], **HF_TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("path", records("hf_parity"))
+def test_names_of_the_hub_and_of_hugging_face(path):
+    golden = load(path)
+    hub, ours = under(golden, "hub_param/"), golden_backbone(golden)
+    theirs = formats.write("hf_dinov2", ours, path.name)
+    expected = {name: tuple(shape) for name, shape in under(golden, "hf_param_name/").items()}
+    assert {name: value.shape for name, value in theirs.items()} == expected
+    for foreign, name in [(theirs, "hf_dinov2"), (hub, "dinov2")]:
+        found, modules = formats.read(foreign, path.name)
+        assert found == name and modules["backbone"].keys() == ours.keys()
+        for key, value in formats.write("dinov2", modules["backbone"], path.name).items():
+            assert value.dtype == hub[key].dtype
+            np.testing.assert_array_equal(value, hub[key], err_msg=key)
+
+
+@pytest.mark.parametrize("path", records("hf_processor"))
+def test_the_released_processor(path):
+    golden = load(path)
+    size = golden["cfg/size"].item()
+    found = encoders.square(golden["in/u8_HW"], Preprocess(size, size, **encoders.RAD_DINO))
+    np.testing.assert_allclose(found, golden["out/ch0"], atol=1e-5)
+
+
+def inventories(kind: str = "") -> list:
+    """One case (names -> shapes, parameters) per inventory of released names, additions with what they add to."""
+    found = []
+    for path in sorted(GOLDENS.glob("checkpoint_keys*.json")):
+        content = json.loads(path.read_text())
+        counts = content.get("counts", {})
+        whole = {name: keys for name, keys in content.items() if name != "counts"}
+        for name, keys in whole.items():
+            if name.endswith("_extra"):  # e.g. registers, beside the longest inventory whose name its own begins with
+                base = max((n for n in whole if n != name and name.startswith(n)), key=len)
+                keys, count = whole[base] | keys, counts.get(base, 0) + counts.get(name, 0)
+            else:
+                count = counts.get(name, 0)
+            if kind in name:
+                found.append(pytest.param(keys, count, id=f"{path.stem}-{name}"))
+    return found or [pytest.param(None, 0, marks=pytest.mark.skip(f"no checkpoint_keys file in {GOLDENS}"))]
+
+
+def as_arrays(shapes: dict) -> dict[str, np.ndarray]:
+    """Arrays of those shapes that take no memory."""
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def shapes_of(arrays: dict) -> dict:
+    return {name: list(value.shape) for name, value in arrays.items()}
+
+
+@pytest.mark.parametrize("keys, count", inventories())
+def test_names_and_shapes_of_released_files(keys, count):
+    """They are all of a network that we have, no more and no less, and are written again as they were."""
+    name, modules = formats.read(as_arrays(keys), "golden")
+    (module, arrays), = modules.items()
+    if module == "dino_head":
+        prototypes, bottleneck = arrays["last_layer/weight_v"].shape
+        layers = [value for key, value in arrays.items() if key.endswith("kernel")]
+        network = DINOHead(prototypes, layers[0].shape[1], bottleneck, len(layers))
+        tree = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, layers[0].shape[0])))["params"]
+    else:
+        network = vit.ViT(**sources.dinov2_fields(arrays, "golden", []))
+        tree = encoders.expected_params(network, network.image_size)
+    assert shapes_of(trees.flatten(tree)) == shapes_of(arrays)
+    assert trees.count(tree) == count
+    written = shapes_of(formats.write(name, arrays, "golden"))
+    assert written == shapes_of(rules.unchunk(as_arrays(keys)))
+
+
+@pytest.mark.parametrize("keys, count", inventories("hub_"))
+def test_the_hub_in_the_names_of_hugging_face(keys, count):
+    """Each hub file becomes one whose names Hugging Face's reader knows, with every number in it, and back."""
+    _, modules = formats.read(as_arrays(keys), "golden")
+    theirs = formats.write("hf_dinov2", modules["backbone"], "golden")
+    assert sum(value.size for value in theirs.values()) == count
+    released = [case.values for case in inventories("hf_") if case.values[1] == count]
+    for names, _ in released:
+        assert shapes_of(theirs) == names
+    _, back = formats.read(theirs, "golden")
+    assert shapes_of(formats.write("dinov2", back["backbone"], "golden")) == keys

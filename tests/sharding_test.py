@@ -20,8 +20,8 @@ from raddino_jax.data import pipeline
 TINY = (
     "batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=2,model.heads=2,"
     "model.patch_size=4,model.image_size=16,model.drop_path=0.5,model.drop_path_uniform=False,"
-    "views.global_size=16,views.local_size=8,views.local_crops=1,head.prototypes=32,head.hidden=32,"
-    "head.bottleneck=16,head.layers=2,data.image_size=20,optim.eps=0.1,optim.warmup=(1,'steps'),"
+    "views.global_size=16,views.local_size=8,head.prototypes=32,head.hidden=32,head.bottleneck=16,"
+    "head.layers=2,data.image_size=20,optim.eps=0.1,optim.warmup=(1,'steps'),"
     "optim.freeze_last_layer=(1,'steps')"
 )
 STEPS = 3
@@ -145,9 +145,9 @@ def _student(objective) -> dict:
 
 
 @functools.cache
-def _walk(devices: int, fsdp: int):
+def _walk(devices: int, fsdp: int, local_crops: int):
     """(metrics of every step, parameters before, and of student and teacher after) on a mesh."""
-    config = quickstart.get_config(TINY + f",mesh.fsdp={fsdp}")
+    config = quickstart.get_config(f"{TINY},mesh.fsdp={fsdp},views.local_crops={local_crops}")
     train.check(config, devices)
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp)
     constants = train.step_of(config, 20, 64, mesh)
@@ -169,31 +169,30 @@ def _walk(devices: int, fsdp: int):
     return metrics, trees.flatten(student), jax.tree.map(np.asarray, trees.flatten(after))
 
 
-MESHES = [
-    pytest.param(8, 2, id="4x2"),
-    pytest.param(8, 1, id="8x1", marks=pytest.mark.slow),
-    pytest.param(8, 4, id="2x4", marks=pytest.mark.slow),
+MESHES = [pytest.param(8, 2, 0, id="4x2")] + [
+    pytest.param(8, fsdp, 1, id=f"{8 // fsdp}x{fsdp}, local crops", marks=pytest.mark.slow)
+    for fsdp in (1, 2, 4)
 ]
 
 
-@pytest.mark.parametrize("devices, fsdp", MESHES)
-def test_every_mesh_walks_the_same_trajectory_as_one_device(devices, fsdp):
+@pytest.mark.parametrize("devices, fsdp, local", MESHES)
+def test_every_mesh_walks_the_same_trajectory_as_one_device(devices, fsdp, local):
     """Losses and norms 1e-5 relative over three steps, parameters 1e-5 of their largest: float32."""
-    (metrics, _, after), (expected, _, parameters) = _walk(devices, fsdp), _walk(1, 1)
+    (metrics, _, after), (expected, _, wanted_after) = _walk(devices, fsdp, local), _walk(1, 1, local)
     for step, (row, wanted) in enumerate(zip(metrics, expected, strict=True)):
         assert row.keys() == wanted.keys()
         for name, value in wanted.items():
             tolerance = dict(atol=0.1) if name == "agreement" else dict(rtol=1e-5)  # a share of rows
             np.testing.assert_allclose(row[name], value, **tolerance, err_msg=f"{name}, step {step}")
-    assert after.keys() == parameters.keys()
-    for name, value in parameters.items():
+    assert after.keys() == wanted_after.keys()
+    for name, value in wanted_after.items():
         tolerance = 1e-5 * np.abs(value).max()
         np.testing.assert_allclose(after[name], value, atol=tolerance, rtol=0, err_msg=name)
 
 
 def test_three_steps_move_every_parameter_of_student_and_teacher():
     """The test above could not fail on a run that stands still."""
-    metrics, before, after = _walk(1, 1)
+    metrics, before, after = _walk(1, 1, 0)
     losses = [row["loss"] for row in metrics]
     assert len(set(losses)) == STEPS and np.isfinite(losses).all()
     for name, value in before.items():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 - teaches numpy, and through it safetensors, the type bfloat16
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -15,8 +15,12 @@ from raddino_jax.conversion.rules import WeightsError
 
 # In a folder the first of these that is there is read.
 NAMES = (
-    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
-    "backbone_compatible.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "backbone_compatible.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
 
@@ -61,7 +65,7 @@ def _what(head: bytes) -> str:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{path}: no whole safetensors file ({error})") from None
 
@@ -76,7 +80,9 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{index}: expected names of files beside it, found {', '.join(names)}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise WeightsError(f"{index}: {len(missing)} of {len(names)} shards are not there: {', '.join(missing)}")
+        raise WeightsError(
+            f"{index}: {len(missing)} of {len(names)} shards are not there: {', '.join(missing)}"
+        )
     arrays = {}
     for name in names:
         arrays |= read(index.parent / name)

@@ -46,24 +46,38 @@ class Format:
 FORMATS = {
     "hf_dinov2": Format(
         r"(^|\.)embeddings\.patch_embeddings\.projection\.weight$",
-        tables.HF_DINOV2, tables.HF_DINOV2_IN_MEMORY, prefix=r"dinov2(_with_registers)?\.",
+        tables.HF_DINOV2,
+        tables.HF_DINOV2_IN_MEMORY,
+        prefix=r"dinov2(_with_registers)?\.",
     ),
     "clip_hf": Format(
-        r"(^|\.)pre_layrnorm\.weight$", tables.CLIP_HF, prefix=r"vision_model\.",
+        r"(^|\.)pre_layrnorm\.weight$",
+        tables.CLIP_HF,
+        prefix=r"vision_model\.",
         dropped=(r"^text_model\.", r"^text_projection\.", r"^logit_scale$", r"position_ids$"),
     ),
     "biomedclip": Format(
         r"^visual\.trunk\.patch_embed\.", tables.BIOMEDCLIP, dropped=(r"^text\.", r"^logit_(scale|bias)$")
     ),
     # Everything outside the image tower is text: tokens, the text transformer, sizes that OpenAI stores as tensors.
-    "clip_openai": Format(r"^visual\.transformer\.resblocks\.", tables.CLIP_OPENAI, dropped=(r"^(?!visual\.)",)),
+    "clip_openai": Format(
+        r"^visual\.transformer\.resblocks\.", tables.CLIP_OPENAI, dropped=(r"^(?!visual\.)",)
+    ),
     "biovil_t": Format(
-        r"^encoder\.backbone_to_vit\.", tables.BIOVIL_T,
+        r"^encoder\.backbone_to_vit\.",
+        tables.BIOVIL_T,
         # One film at a time: the pooler that compares it with the film before never runs.
-        dropped=(r"num_batches_tracked$", r"^encoder\.encoder\.fc\.", r"^encoder\.vit_pooler\.", r"^classifier\."),
+        dropped=(
+            r"num_batches_tracked$",
+            r"^encoder\.encoder\.fc\.",
+            r"^encoder\.vit_pooler\.",
+            r"^classifier\.",
+        ),
     ),
     "mrm": Format(
-        r"^decoder_embed\.", tables.MRM, dropped=(r"^decoder_", r"^bert_", r"^mask_token$", r"^(head|fc_norm)\.")
+        r"^decoder_embed\.",
+        tables.MRM,
+        dropped=(r"^decoder_", r"^bert_", r"^mask_token$", r"^(head|fc_norm)\."),
     ),
     "dinov2": Format(r"^patch_embed\.proj\.weight$", tables.DINOV2),
     "dino_head": Format(r"^last_layer\.weight_v$", tables.DINO_HEAD),
@@ -111,7 +125,9 @@ def read(foreign: Arrays, what: str, among: Sequence[str] = ()) -> tuple[str, di
         raise WeightsError(f"{what}: beside {', '.join(parts)} found {', '.join(strays[:6])}")
     name = detect(list(parts.get("backbone", ())), what, among) if "backbone" in parts else "dino_head"
     formats = {module: name if module == "backbone" else "dino_head" for module in parts}
-    return name, {module: FORMATS[formats[module]].read(part, f"{what} ({module})") for module, part in parts.items()}
+    return name, {
+        module: FORMATS[formats[module]].read(part, f"{what} ({module})") for module, part in parts.items()
+    }
 
 
 def _modules(foreign: Arrays) -> dict[str, dict[str, np.ndarray]]:

@@ -79,15 +79,16 @@ def _sizes(config: Mapping[str, Any], what: str) -> dict:
     missing = [name for name in names if not isinstance(config.get(name), int)]
     if missing:
         raise WeightsError(f"{what}: expected whole numbers for {', '.join(missing)}")
-    return dict(zip(("width", "depth", "heads", "patch_size", "image_size"), map(config.get, names), strict=True))
+    return dict(
+        zip(("width", "depth", "heads", "patch_size", "image_size"), map(config.get, names), strict=True)
+    )
 
 
 def _dinov2_fields(config: Mapping[str, Any], what: str) -> dict:
     _asked(config, what, hidden_act="gelu", layer_norm_eps=1e-6, mlp_ratio=4, qkv_bias=True, num_channels=3)
     registers = config.get("num_register_tokens", 4) if config["model_type"] == "dinov2_with_registers" else 0
     return _sizes(config, what) | dict(
-        ffn="swiglu" if config.get("use_swiglu_ffn") else "mlp",
-        registers=registers,
+        ffn="swiglu" if config.get("use_swiglu_ffn") else "mlp", registers=registers
     )
 
 
@@ -111,9 +112,17 @@ def write_config(fields: Mapping[str, Any], dtype: str) -> dict:
         "patch_size": fields["patch_size"],
         "use_swiglu_ffn": fields["ffn"] == "swiglu",
         "layerscale_value": 1.0,
-        "num_channels": 3, "mlp_ratio": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
-        "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02, "apply_layernorm": True, "reshape_hidden_states": True,
+        "num_channels": 3,
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "drop_path_rate": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
         "torch_dtype": dtype,
     }
     return config | ({"num_register_tokens": registers} if registers else {})
@@ -133,7 +142,7 @@ def read_preprocess(config: Mapping[str, Any], what: str) -> Preprocess:
     factor = config.get("rescale_factor", 1 / 255)
     if resample is None or abs(factor * 255 - 1) > 1e-6 or crop > size:
         raise WeightsError(
-            f"{what}: expected bicubic or bilinear resizing, rescale_factor 1/255 and a crop inside the resized film, "
+            f"{what}: expected bicubic or bilinear resizing, rescale_factor 1/255 and a crop inside the film, "
             f"found resample={config.get('resample')}, rescale_factor={factor}, size={size}, crop_size={crop}"
         )
     mean, std = (tuple(float(v) for v in config.get(key, ())) for key in ("image_mean", "image_std"))
@@ -156,12 +165,16 @@ def write_preprocess(settings: Preprocess) -> dict:
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": settings.resize},
+        "do_resize": True,
+        "size": {"shortest_edge": settings.resize},
         "resample": next(number for number, name in RESAMPLE.items() if name == settings.resample),
-        "do_center_crop": True, "crop_size": {"height": settings.crop, "width": settings.crop},
-        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_center_crop": True,
+        "crop_size": {"height": settings.crop, "width": settings.crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(settings.mean * 3)[:3], "image_std": list(settings.std * 3)[:3],
+        "image_mean": list(settings.mean * 3)[:3],
+        "image_std": list(settings.std * 3)[:3],
     }
 
 
@@ -190,7 +203,12 @@ def fetch(repository: str, name: str, optional: bool = False) -> Path | None:
     Raises WeightsError that says what to do where the Hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repository, name, local_files_only=True))

@@ -19,9 +19,16 @@ import numpy as np
 from raddino_jax.conversion.rules import WeightsError
 
 _STORAGES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
-    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
 
 
@@ -72,9 +79,10 @@ _ANSWERED = {
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch", "Size"): tuple,
     # Settings that training scripts save beside the weights; the first is in MRM's file.
-    **{(module, name): Inert for module, name in [
-        ("argparse", "Namespace"), ("torch", "device"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
-    ]},
+    **dict.fromkeys(
+        [("argparse", "Namespace"), ("torch", "device"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")],
+        Inert,
+    ),
     **{("torch", name): np.dtype(dtype) for name, dtype in _STORAGES.items()},
 }
 
@@ -84,7 +92,9 @@ class _Reader(pickle.Unpickler):
         if module == "__torch__" or module.startswith("__torch__."):  # a module of a TorchScript archive
             return Inert
         if (module, name) not in _ANSWERED:
-            raise WeightsError(f"it asks to run {module}.{name}, which weights do not need: refused, nothing was run")
+            raise WeightsError(
+                f"it asks to run {module}.{name}, which weights do not need: refused, nothing was run"
+            )
         return _ANSWERED[module, name]
 
     def persistent_load(self, saved_id):
@@ -98,7 +108,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """The weights of a .pth, .pt or .bin file by name. Raises WeightsError for whatever is no such file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = next((n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("/data.pkl")), None)
+            inside = next(
+                (n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("/data.pkl")), None
+            )
             if inside is None:
                 raise WeightsError("a zip archive without weights in it")
             if f"{inside}byteorder" in archive.namelist() and archive.read(f"{inside}byteorder") != b"little":
@@ -138,7 +150,9 @@ def weights_of(content: Any, is_tensor=lambda value: isinstance(value, Tensor)) 
         for key in ("teacher", "model", "state_dict", "model_state_dict"):
             if isinstance(content.get(key), dict):
                 return weights_of(content[key], is_tensor)
-        raise WeightsError(f"expected weights by name, found a dict of {', '.join(map(str, content)) or 'nothing'}")
+        raise WeightsError(
+            f"expected weights by name, found a dict of {', '.join(map(str, content)) or 'nothing'}"
+        )
     raise WeightsError(f"expected weights by name, found {type(content).__name__}")
 
 

@@ -65,8 +65,12 @@ def read(rules: Sequence[Rule], foreign: Mapping[str, np.ndarray], what: str) ->
     found: dict[tuple[Rule, str], dict[int, np.ndarray]] = {}
     problems = []
     for name, value in foreign.items():
-        hits = [(rule, part, index) for rule in rules for part, text in enumerate(rule.parts)
-                if (index := _match(text, name)) is not None]
+        hits = [
+            (rule, part, index)
+            for rule in rules
+            for part, text in enumerate(rule.parts)
+            if (index := _match(text, name)) is not None
+        ]
         if len(hits) != 1:
             problems.append(f"{name} {tuple(np.shape(value))}: matched by {len(hits)} rules")
             continue

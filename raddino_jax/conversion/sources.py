@@ -74,13 +74,19 @@ def describe(source: Source, path: Path) -> Source:
     if config.is_file() and "model_type" in (content := huggingface.read_json(config)):
         kind, stated = huggingface.read_config(content, str(config))
         if (kind == "clip_hf") != (source.format == "clip_hf"):
-            raise WeightsError(f"{config} describes a {kind} network, {source.what} holds a {source.format} one")
+            raise WeightsError(
+                f"{config} describes a {kind} network, {source.what} holds a {source.format} one"
+            )
     if source.format in formats.DINOV2:
-        source.fields = dinov2_fields(source.modules["backbone"], source.what, source.notes, stated)
+        heads = stated["heads"] if stated else 0
+        source.fields = dinov2_fields(source.modules["backbone"], source.what, source.notes, heads)
+        agree(source.fields, stated or {}, source.what)
         if source.format == "hf_dinov2":  # transformers has no offset where it resizes position embeddings
             source.fields["offset"] = 0.0
     elif stated is None:
-        raise WeightsError(f"{source.what}: no config.json beside these weights; load them by an encoder's name")
+        raise WeightsError(
+            f"{source.what}: no config.json beside these weights; load them by an encoder's name"
+        )
     else:
         projection = source.modules["backbone"].get("proj/kernel", np.zeros((0, 0)))
         source.fields = stated | dict(projection=projection.shape[1])
@@ -89,11 +95,11 @@ def describe(source: Source, path: Path) -> Source:
     return source
 
 
-def dinov2_fields(arrays: Arrays, what: str, notes: list[str], stated: Mapping | None = None) -> dict:
+def dinov2_fields(arrays: Arrays, what: str, notes: list[str], heads: int = 0) -> dict:
     """The fields of models.vit.ViT that DINOv2 arrays fit, positions resized as the hub does.
 
-    stated: fields of a config.json; it alone tells the number of heads.
-    Raises WeightsError where arrays are missing or the config says otherwise.
+    heads: of attention, which arrays do not tell; 0: heads of 64 channels, and a note that says so.
+    Raises WeightsError where whole parts are missing.
     """
     needed = ("cls_token", "pos_embed", "patch_embed/kernel", "blocks_0/norm1/scale", "norm/scale")
     if missing := [name for name in needed if name not in arrays]:
@@ -102,24 +108,33 @@ def dinov2_fields(arrays: Arrays, what: str, notes: list[str], stated: Mapping |
     side = round((arrays["pos_embed"].shape[1] - 1) ** 0.5)
     if side**2 != arrays["pos_embed"].shape[1] - 1:
         raise WeightsError(f"{what}: {arrays['pos_embed'].shape[1]} position embeddings are no square and one")
-    blocks = {int(hit[1]) for name in arrays if (hit := re.match(r"blocks_(\d+)/", name))}
+    blocks = [int(hit[1]) for name in arrays if (hit := re.match(r"blocks_(\d+)/", name))]
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
-    found = dict(
-        width=width, depth=max(blocks) + 1, patch_size=patch, image_size=side * patch, registers=registers,
-        ffn="swiglu" if "blocks_0/mlp/w12/kernel" in arrays else "mlp",
-    )
-    if stated:
-        differing = [f"{k}: {v} in the weights, {stated[k]} in config.json" for k, v in found.items() if stated[k] != v]
-        if differing:
-            raise WeightsError(f"{what}: another network than its config.json says: {'; '.join(differing)}")
-        heads = stated["heads"]
-    else:
+    if not heads:
         heads = _heads(width, what)
         notes.append(f"{heads} heads of 64, as in every released DINOv2: the file does not say")
-    return found | dict(
-        heads=heads, layerscale=float("blocks_0/ls1/gamma" in arrays), mask_token="mask_token" in arrays,
-        antialias=bool(registers), offset=0.0 if registers else 0.1,
+    return dict(
+        width=width,
+        depth=max(blocks) + 1,
+        heads=heads,
+        ffn="swiglu" if "blocks_0/mlp/w12/kernel" in arrays else "mlp",
+        patch_size=patch,
+        image_size=side * patch,
+        registers=registers,
+        layerscale=float("blocks_0/ls1/gamma" in arrays),
+        mask_token="mask_token" in arrays,
+        antialias=bool(registers),
+        offset=0.0 if registers else 0.1,
     )
+
+
+def agree(fields: Mapping, stated: Mapping, what: str) -> None:
+    """Raise WeightsError where the fields told from arrays differ from those that a config states."""
+    differing = [
+        f"{k}: {fields[k]} in the weights, {v} in config.json" for k, v in stated.items() if fields[k] != v
+    ]
+    if differing:
+        raise WeightsError(f"{what}: another network than its config.json says: {'; '.join(differing)}")
 
 
 def _heads(width: int, what: str) -> int:

@@ -1,7 +1,8 @@
 """CLIP's image tower (OpenAI's, and CheXzero, which was tuned from it), and a projection for other towers.
 
-It differs from DINOv2's transformer in a norm before the first block, x sigmoid(1.702 x) for GELU, LayerNorm eps 1e-5,
-no bias at the patches, and a final norm of the class token alone. Reference: arXiv 2103.00020, openai/CLIP `model.py`.
+It differs from DINOv2's transformer in a norm before the first block, x sigmoid(1.702 x) for GELU, LayerNorm eps
+1e-5, no bias at the patches, and a final norm of the class token alone. Reference: arXiv 2103.00020, openai/CLIP
+`model.py`.
 Letters as in models/vit.py.
 """
 
@@ -29,7 +30,7 @@ def quick_gelu(x: Array) -> Array:
 class CLIPViT(nn.Module):
     """images [n, H, W, 1 or 3] -> every named intermediate; see `__call__`.
 
-    image_size: pixels per side of the stored position grid. projection: width of the space shared with text, 0 for none.
+    image_size: pixels per side of the stored position grid. projection: width of the space shared with text, or 0.
     attention: a backend of `attention`.
     """
 
@@ -44,8 +45,9 @@ class CLIPViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Returns "cls" [n, D] after the final norm, "projected" [n, projection], "patches" [n, N, D] as the last block
-        leaves them (CLIP has no norm for them), "embedded" the input of the first block, "blocks_i" their outputs.
+        """Returns "cls" [n, D] after the final norm, "projected" [n, projection], "patches" [n, N, D] as the last
+        block leaves them (CLIP has no norm for them), "embedded" the input of the first block, "blocks_i" the output
+        of block i.
 
         Raises ValueError when the patch size does not divide the image.
         """
@@ -57,14 +59,18 @@ class CLIPViT(nn.Module):
         out |= split(x, registers=0)
         out["cls"] = _norm(self.dtype, "norm")(out["cls"])
         if self.projection:
-            out["projected"] = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="proj")(out["cls"])
+            out["projected"] = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="proj")(
+                out["cls"]
+            )
         return out
 
     def _embed(self, images: Array) -> Array:
         p, stored = self.patch_size, self.image_size // self.patch_size
         height, width = images.shape[1:3]
         if height % p or width % p:
-            raise ValueError(f"images of {height} x {width} pixels: both sides must be multiples of the patch size {p}")
+            raise ValueError(
+                f"images of {height} x {width} pixels: both sides must be multiples of the patch size {p}"
+            )
         x = Patches(self.width, p, self.dtype, name="patch_embed")(images)
         cls = self.param("cls_token", _normal, (1, 1, self.width))
         pos = self.param("pos_embed", _normal, (1, 1 + stored**2, self.width))

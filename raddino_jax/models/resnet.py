@@ -1,7 +1,7 @@
 """ResNet-50 with frozen statistics, and the image model of BioViL-T around it (arXiv 2301.04558).
 
-Reference: torchvision's ResNet v1.5 (the stride sits on the 3 x 3 convolution, BatchNorm eps 1e-5). BioViL-T looks at one film
-at a time here: what it learned to say where no earlier film is given stands in for the difference of two.
+Reference: torchvision's ResNet v1.5 (the stride sits on the 3 x 3 convolution, BatchNorm eps 1e-5). BioViL-T looks at
+one film at a time here: what it learned to say where no earlier film is given stands in for the difference of two.
 Letters: n films, h w rows and columns of the feature map.
 """
 
@@ -30,7 +30,10 @@ class Conv(nn.Module):
         if x.shape[-1] == 1:  # equal channels and their kernels, summed: exact for grey
             kernel = kernel.sum(axis=2, keepdims=True)
         return jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride,) * 2, [(self.side // 2,) * 2] * 2,
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride,) * 2,
+            [(self.side // 2,) * 2] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
@@ -108,8 +111,9 @@ class BioViLT(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Returns the maps of `ResNet` and: "patches" [n, h, w, 2048], the last of them; "fused" [n, h, w, 512], this film
-        and the missing one before it; "global" [n, 512], its mean; "projected_patches" and "projected", in the space of text.
+        """Returns the maps of `ResNet` and: "patches" [n, h, w, 2048], the last of them; "fused" [n, h, w, 512], this
+        film and the missing one before it; "global" [n, 512], its mean; "projected_patches" and "projected", in the
+        space shared with text.
         """
         out = ResNet(self.blocks, self.width, self.dtype, name="resnet")(images)
         static = Conv(self.fused, 1, dtype=self.dtype, name="backbone_to_vit")(out["layer4"])
@@ -119,6 +123,9 @@ class BioViLT(nn.Module):
         x = nn.relu(FrozenNorm(self.dtype, name="projector_1")(x))
         projected = nn.Dense(self.projection, dtype=self.dtype, name="projector_3")(x)
         return out | {
-            "patches": out["layer4"], "fused": fused, "global": fused.mean((1, 2)),
-            "projected_patches": projected, "projected": projected.mean((1, 2)),
+            "patches": out["layer4"],
+            "fused": fused,
+            "global": fused.mean((1, 2)),
+            "projected_patches": projected,
+            "projected": projected.mean((1, 2)),
         }
