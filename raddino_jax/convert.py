@@ -45,6 +45,12 @@ def convert(src: str, dst: str | Path, to: str) -> str:
     if source.format not in (*formats.DINOV2, "workdir") or "backbone" not in source.modules:
         raise WeightsError(f"{src} holds {source.format} weights; only DINOv2 networks are converted")
     trees = encoders.whole_trees(source)  # what is written must open
+    crop, grid = source.preprocess.crop, source.fields["image_size"]
+    if crop != grid and not source.fields["registers"]:
+        source.notes.append(
+            f"films of {crop} pixels on positions stored for {grid}: transformers resizes these without the offset of "
+            "DINOv2's hub, so features differ slightly between the two"
+        )
     with _new_folder(dst) as folder:
         WRITERS[to](source, trees, folder)
         report = _report(source, folder, dst)
@@ -167,7 +173,7 @@ def _card(source: Source) -> str:
         "Parameters": f"{sum(v.size for v in source.modules['backbone'].values()):,}",
         "Input": f"short side {settings.resize} ({settings.resample}), centre {settings.crop} x {settings.crop}, "
         f"mean {_list(settings.mean)}, std {_list(settings.std)}{standardized}",
-        "Converted from": source.what,
+        "Converted from": Path(source.what).name,
     }
     if config.get("data", {}).get("sources"):
         rows |= {

@@ -94,9 +94,9 @@ def listing(source: str | Path, column: str = "", without: Sequence[Path] = ()) 
 def _below(root: Path, without: set[Path]) -> list[Film]:
     films = []
     for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders[:] = [name for name in folders if (here / name).resolve() not in without]
-        paths = [here / name for name in names if (here / name).resolve() not in without]
+        here, real = Path(folder), Path(folder).resolve()
+        folders[:] = [name for name in folders if real / name not in without]
+        paths = [here / name for name in names if real / name not in without]
         films += [Film(path.relative_to(root).as_posix(), path) for path in paths]
     return sorted(films, key=lambda film: film.id)
 
@@ -281,7 +281,8 @@ def embed(
             return _table(out, patches, done_before=len(films))
         work = Work(unfinished, settings)
         done_before, start = work.seen, time.perf_counter()
-        _fill(work, encoder, films, patches, batch_size, mode, threads or min(os.cpu_count() or 1, 16))
+        threads = threads or min(os.cpu_count() or 1, 16)
+        _fill(work, encoder, films, patches, min(batch_size, len(films)), mode, threads)
         work.close()
         _finish(work, out, patches, settings)
         shutil.rmtree(unfinished)
@@ -352,7 +353,7 @@ def _finish(work: Work, out: Path, patches: str, settings: dict) -> None:
         return
     columns = {name: work.array(name) for name in ("cls", "patches")[: 2 if patches == "mean" else 1]}
     WRITERS[out.suffix](work.folder / out.name, work.ids, columns, json.dumps(settings))
-    if patches == "full":
+    if patches == "full" and (work.folder / "patches.npy").exists():  # not so if killed after the next line
         _append(work.folder / "patches.npy", len(work.ids), work.array("patches")[:0])
         os.replace(work.folder / "patches.npy", patches_file(out))
     os.replace(work.folder / out.name, out)
@@ -449,7 +450,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax describes every file it touches
     name, source, out = (options.pop(key) for key in ("encoder", "images", "out"))
     try:
-        table = embed(name, source, out, **options)
+        encoder = encoders.load(name, options.pop("weights"), options.pop("dtype"))
+        for note in encoder.notes:
+            print(f"{name}: {note}", file=sys.stderr)
+        table = embed(encoder, source, out, **options)
     except (EmbedError, encoders.WeightsError, OSError) as error:
         print(f"raddino_jax: {error}", file=sys.stderr)
         return 2
@@ -461,17 +465,8 @@ def main(argv: list[str] | None = None) -> int:
             f"raddino_jax: none of {rejected} files is a film that can be read; rejects.csv says why",
             file=sys.stderr,
         )
-    print(
-        json.dumps(
-            {
-                "out": out,
-                "rows": rows,
-                "rejected": rejected,
-                "images_per_second": rate,
-                "seconds": round(table["seconds"], 1),
-            }
-        )
-    )
+    seconds = round(table["seconds"], 1)
+    print(json.dumps(dict(out=out, rows=rows, rejected=rejected, images_per_second=rate, seconds=seconds)))
     return 0 if rows else 1
 
 

@@ -517,10 +517,7 @@ def _newest(workdir: Path, step: int | None) -> int:
 
 
 def _stated(config: dict) -> tuple[dict, Preprocess]:
-    """What config.json says of the network and of its films.
-
-    A film is brought to the size of the stored position grid: so a global crop of full size shows it in training.
-    """
+    """What config.json says of the network and of its films: the centre of what training cuts its crops from."""
     model = config["model"]
     shape = dict(VARIANTS[model["variant"]])
     shape |= {k: model[k] for k in ("width", "depth", "heads", "ffn") if model[k]}
@@ -528,6 +525,6 @@ def _stated(config: dict) -> tuple[dict, Preprocess]:
     if "preprocess" in config:  # written by `convert`
         stated = config["preprocess"]
         return fields, Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
-    size, data = model["image_size"], config["data"]
-    standardize = config["views"]["standardize"]
-    return fields, Preprocess(size, size, (data["mean"],), (data["std"],), standardize=standardize)
+    data, patch, standardize = config["data"], model["patch_size"], config["views"]["standardize"]
+    size = data["image_size"]
+    return fields, Preprocess(size, size // patch * patch, (data["mean"],), (data["std"],), standardize=standardize)

@@ -41,11 +41,6 @@ KNOBS = [
     (lambda c: True, "accumulate over more micro-batches, or more chips"),
 ]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/multicxr.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU topology such as v5e:4x8; empty: the devices at hand.")
-_SWEEP = flags.DEFINE_bool("sweep", False, "Compile remat policies x logit budgets and print the frontier.")
-
-
 def devices_of(topology: str) -> list[jax.Device]:
     """The devices of a named topology, which need not exist, or those at hand."""
     if not topology:
@@ -154,14 +149,13 @@ def show(row: dict, write: Callable[[str], None] = print) -> None:
         write(f"{name:24s} {shown}")
 
 
-def main(_) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    configs = list(sweep(_CONFIG.value)) if _SWEEP.value else [_CONFIG.value]
+def run(config, topology: str, swept: bool) -> None:
+    """Plan one config, or its sweep; the table and, last, the JSON object go to stdout."""
+    configs = list(sweep(config)) if swept else [config]
     rows = []
     for number, config in enumerate(configs, start=1):
-        logs.say(f"compiling {number} of {len(configs)} for {_TOPOLOGY.value or 'the devices at hand'} ...")
-        rows.append(plan(config, _TOPOLOGY.value)[0])
+        logs.say(f"compiling {number} of {len(configs)} for {topology or 'the devices at hand'} ...")
+        rows.append(plan(config, topology)[0])
         show(rows[-1])
         print()
     print(json.dumps(rows[0] if len(rows) == 1 else {"sweep": rows}))
@@ -169,8 +163,12 @@ def main(_) -> None:
 
 def cli() -> None:
     """Console entry: a config that cannot run is one message and exit code 2."""
+    config = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/multicxr.py.")
+    topology = flags.DEFINE_string("topology", "", "A TPU topology such as v5e:4x8; empty: the devices at hand.")
+    swept = flags.DEFINE_bool("sweep", False, "Compile remat policies x logit budgets and print the frontier.")
     try:
-        app.run(main)
+        logging.set_verbosity(logging.ERROR)
+        app.run(lambda _: run(config.value, topology.value, swept.value))
     except train.ConfigError as error:
         logs.say(f"raddino_jax: {error}")
         sys.exit(2)

@@ -223,7 +223,7 @@ TINY = {
     "head.prototypes": 16,
     "head.bottleneck": 8,
     "head.hidden": 16,
-    "data.image_size": 56,
+    "data.image_size": 48,
     "data.synthetic_size": 16,
 }
 
@@ -307,6 +307,24 @@ def test_a_workdir_and_back(workdir, tmp_path, to):
             e(e.preprocess(film))["cls"] for e in (encoders.load(str(p)) for p in (workdir, tmp_path / "out"))
         ]
         np.testing.assert_array_equal(*out)
+
+
+def test_films_are_prepared_as_in_training(workdir, tmp_path):
+    """What online evaluation sees of a film of the stored size; other sizes are resized first."""
+    from raddino_jax import watch
+
+    config = small_quickstart()
+    config.data.image_size = 60  # of which the patches of 8 pixels cover 56
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(config.to_json())
+    encoder = encoders.load(str(tmp_path / "run"))
+    assert encoder.settings.resize == 60 and encoder.image_size == 56 and encoder.network.offset == 0.1
+    film = np.random.default_rng(0).integers(0, 256, (60, 60), np.uint8)
+    expected = watch.standardized(film[None, 2:58, 2:58], config)
+    np.testing.assert_allclose(encoder.preprocess([film]), expected, atol=1e-5)
+    wide = images.resize_short_side(real_films(1)[0], 60)
+    np.testing.assert_array_equal(encoder.preprocess([real_films(1)[0]]), encoder.preprocess([wide]))
+    assert "without the offset of DINOv2's hub" in convert.convert(str(tmp_path / "run"), tmp_path / "hf", "hf")
 
 
 def test_the_torch_layout_loads_strict(workdir, tmp_path):

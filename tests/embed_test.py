@@ -169,6 +169,26 @@ def test_interrupted_and_resumed(encoder, folder, tmp_path, monkeypatch, place, 
     assert not (tmp_path / ".out.npz.unfinished").exists()
 
 
+def test_killed_between_the_last_files(encoder, folder, tmp_path, monkeypatch):
+    """The patch features have their name already, the rows not yet."""
+    whole = embed.embed(encoder, folder, tmp_path / "whole.npz", patches="full", batch_size=4)
+    replace, out = os.replace, tmp_path / "out.npz"
+
+    def killed(source, target):
+        if Path(target) == out:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            embed.embed(encoder, folder, out, patches="full", batch_size=4)
+    assert (tmp_path / "out.patches.npy").exists() and not out.exists()
+    again = embed.embed(encoder, folder, out, patches="full", batch_size=4)
+    for name in ("id", "cls", "patches"):
+        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+
+
 def test_a_batch_of_nothing_but_rejects(encoder, tmp_path):
     """At the end, after rows: it must not cost them."""
     root = tmp_path / "films"
