@@ -223,7 +223,6 @@ def _append(path: Path, rows: int, value: np.ndarray) -> None:
         file.write(header.getvalue())
         file.seek(rows * value.itemsize * math.prod(value.shape[1:]), os.SEEK_CUR)
         file.write(np.ascontiguousarray(value).tobytes())
-        file.truncate()
         file.flush()
         os.fsync(file.fileno())
 

@@ -539,6 +539,25 @@ def test_offline_without_a_cache(cache, name):
         encoders.load(name)
 
 
+def test_the_cache_comes_first(cache, monkeypatch):
+    """What is there is not asked for again; what is not is downloaded."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def download(repository, name, local_files_only=False):
+        asked.append((name, local_files_only))
+        if local_files_only and name != "config.json":
+            raise LocalEntryNotFoundError("not in the cache")
+        return f"/cache/{name}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert huggingface.fetch("someone/something", "config.json") == Path("/cache/config.json")
+    assert huggingface.fetch("someone/something", "model.safetensors") == Path("/cache/model.safetensors")
+    assert asked == [("config.json", True), ("model.safetensors", True), ("model.safetensors", False)]
+
+
 def test_a_cached_repository_without_weights(cache):
     cached(cache, "someone/something", {"config.json": b"{}"})
     with pytest.raises(WeightsError, match="no weights that can be reached"):
