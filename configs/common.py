@@ -1,6 +1,7 @@
 """What the configs share: arguments after the colon, the shrink to two CPU cores, data mixes, statistics."""
 
 import ast
+import sys
 
 import yaml
 from ml_collections import ConfigDict
@@ -15,13 +16,16 @@ MULTI_CXR = ("brax", "chexpert", "mimic_cxr", "chestx_ray14", "padchest")
 def apply(config: ConfigDict, arguments: str, presets: dict) -> ConfigDict:
     """Apply what stands after the colon of --config=FILE:ARGUMENTS.
 
-    arguments: comma-separated preset names and "field=value" pairs, e.g. "vits14_224,seed=1".
+    arguments: comma-separated preset names, "field=value" pairs and "recipe=PATH" of a DINOv2-style yaml, applied in order,
+      e.g. "vits14_224,seed=1".
     Raises ValueError that lists the presets, or the fields beside an unknown one.
     """
     for argument in _split(arguments):
         name, equals, value = argument.partition("=")
         if argument in presets:
             presets[argument](config)
+        elif name == "recipe":
+            _read_recipe(config, value)
         elif equals:
             config.update_from_flattened_dict({_known(config, name): _literal(value)})
         else:
@@ -169,6 +173,16 @@ def recipe(config: ConfigDict, text: str) -> tuple[list[str], list[str]]:
     for field, value in given.items():
         _set(config, field, value)
     return [f"{field}={value!r}" for field, value in given.items()], unmapped
+
+
+def _read_recipe(config: ConfigDict, path: str) -> None:
+    """Apply the recipe in a file and say on stderr what it set and what it could not."""
+    with open(path) as file:
+        given, unmapped = recipe(config, file.read())
+    for line in given:
+        print(f"recipe: {line}", file=sys.stderr)
+    for line in unmapped:
+        print(f"recipe: no field for {line}", file=sys.stderr)
 
 
 def _leaves(tree: dict, prefix: str = ""):

@@ -336,7 +336,17 @@ def test_an_empty_recipe_changes_nothing():
 
 # --- refusals -----------------------------------------------------------------------------------
 
-IMPOSSIBLE = [  # (arguments of the quickstart, devices, hosts, words of the one complaint)
+def _small(arguments: str = "") -> ConfigDict:
+    """The shrunk run with the sizes that the tests below count with, then `arguments`."""
+    sizes = (
+        "batch_size=32,group_size=4,koleo_group=16,steps=1000,epoch_steps=100,eval_every=250,"
+        "model.width=128,model.heads=4,model.patch_size=16,model.image_size=96,"
+        "views.global_size=96,views.local_size=48,views.local_crops=2"
+    )
+    return quickstart.get_config(f"{sizes},{arguments}")
+
+
+IMPOSSIBLE = [  # (arguments, devices, hosts, words of the one complaint)
     ("views.global_size=100", 1, 1, "views.global_size=100 .*patch_size=16: use 96"),
     ("views.local_size=50", 1, 1, "views.local_size=50 .*patch_size=16: use 48"),
     ("views.local_size=9", 1, 1, "views.local_size=9 .*patch_size=16: use 16"),
@@ -378,7 +388,7 @@ IMPOSSIBLE = [  # (arguments of the quickstart, devices, hosts, words of the one
 
 @pytest.mark.parametrize("arguments, devices, hosts, words", IMPOSSIBLE)
 def test_an_impossible_combination_is_refused_with_its_mend(arguments, devices, hosts, words):
-    config = quickstart.get_config(arguments)
+    config = _small(arguments)
     with pytest.raises(train.ConfigError, match=words) as error:
         train.check(config, devices, hosts)
     assert str(error.value).count("\n  - ") == 1, error.value
@@ -387,7 +397,7 @@ def test_an_impossible_combination_is_refused_with_its_mend(arguments, devices, 
 def test_all_that_is_impossible_is_listed_at_once():
     arguments = "views.local_size=50,koleo_group=5,data.weights=(1.0,2.0),model.remat=some,steps=0"
     with pytest.raises(train.ConfigError) as error:
-        train.check(quickstart.get_config(arguments))
+        train.check(_small(arguments))
     for words in ("views.local_size=50", "koleo_group=5", "data.weights has 2", "model.remat='some'", "steps=0"):
         assert words in str(error.value)
     assert str(error.value).count("\n  - ") == 5
@@ -396,7 +406,7 @@ def test_all_that_is_impossible_is_listed_at_once():
 @pytest.mark.parametrize("batch, group", [(32, 4), (16, 2), (640, 10), (24, 3)])
 @pytest.mark.parametrize("devices", [1, 2, 3, 4, 8, 16])
 def test_the_group_size_that_a_refusal_names_does_fit(batch, group, devices):
-    config = quickstart.get_config(f"batch_size={batch},group_size={group},koleo_group={group}")
+    config = _small(f"batch_size={batch},group_size={group},koleo_group={group}")
     try:
         train.check(config, devices)
         assert batch % (group * devices) == 0
@@ -404,7 +414,7 @@ def test_the_group_size_that_a_refusal_names_does_fit(batch, group, devices):
         _, named, largest = str(error).partition("the largest group_size that fits is ")
         if named:
             assert batch // devices == int(largest)
-            train.check(quickstart.get_config(
+            train.check(_small(
                 f"batch_size={batch},group_size={largest},koleo_group={group}"
             ), devices)  # fmt: skip
         else:
@@ -415,19 +425,30 @@ def test_the_group_size_that_a_refusal_names_does_fit(batch, group, devices):
     "arguments", ["duration=(5,'epochs'),steps=1", "optim.horizon=(2000,'steps')", "mim=off", ""]
 )
 def test_a_possible_combination_passes(arguments):
-    train.check(quickstart.get_config(arguments), 8, 2)
+    train.check(_small(arguments), 8, 2)
 
 
 @pytest.mark.parametrize(
     "duration, steps", [((), 1000), ((3, "epochs"), 300), ((3200, "images"), 100), ((7, "steps"), 7)]
 )
 def test_a_duration_replaces_the_number_of_steps(duration, steps):
-    config = quickstart.get_config()
+    config = _small()
     config.duration = duration
     assert train.run_steps(config, 4000) == steps
 
 
 def test_without_epoch_steps_an_epoch_is_one_pass_over_the_films():
-    config = quickstart.get_config("epoch_steps=0,duration=(2,'epochs')")
+    config = _small("epoch_steps=0,duration=(2,'epochs'),optim.warmup=(10,'epochs')")
     assert train.run_steps(config, 4000) == 250  # 2 x 4000 / 32
     assert train.schedules_of(config, 250, 4000).lr_warmup == 1250
+
+
+def test_recipe_files_apply_in_order_and_say_what_they_did(tmp_path, capsys):
+    first, second = tmp_path / "default.yaml", tmp_path / "cxr.yaml"
+    first.write_text("optim:\n  base_lr: 0.004\n  epochs: 100\nevaluation:\n  eval_period_iterations: 12500\n")
+    second.write_text("optim:\n  base_lr: 0.001\n")
+    config = multicxr.get_config(f"recipe={first},recipe={second},seed=7")
+    assert config.optim.base_lr == 0.001 and config.duration == (100, "epochs") and config.seed == 7
+    said = capsys.readouterr().err
+    assert "recipe: optim.base_lr=0.001" in said
+    assert "recipe: no field for evaluation.eval_period_iterations: 12500" in said

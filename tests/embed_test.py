@@ -295,9 +295,11 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "raddino_jax.embed", *arguments]
 
 
+ONE_DEVICE = os.environ | {"XLA_FLAGS": ""}
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, env=ONE_DEVICE)
 
 
 def test_the_command_over_dicom_files(weights, cxr, tmp_path):
@@ -326,7 +328,9 @@ def test_the_command_over_all_films_killed_and_resumed(weights, cxr, tmp_path):
     arguments = [f"--encoder={weights}", f"--images={cxr / 'images'}", "--batch_size=8", "--patches=mean"]
     whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
     assert run(*arguments, f"--out={whole}").returncode == 0
-    process = subprocess.Popen(command(*arguments, f"--out={out}"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*arguments, f"--out={out}"), cwd=ROOT, stderr=subprocess.DEVNULL, env=ONE_DEVICE
+    )
     progress = tmp_path / ".out.parquet.unfinished" / "progress.jsonl"
     while not (progress.exists() and progress.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None

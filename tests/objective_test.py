@@ -450,7 +450,8 @@ def test_stochastic_depth_drops_crops_of_the_student_alone_by_group():
     calls = objective.backbone.seen
     calls.clear()
     losses = [_run(_value, objective, seed=seed)[0] for seed in (0, 0, 1)]
-    assert losses[0] == losses[1] != losses[2]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    assert abs(losses[2] - losses[0]) > 1e-4 * losses[0]
     teacher, student, local = calls
     assert teacher == ((2 * IMAGES, 8, 8, 1), False, None)
     assert (student[:2], local[:2]) == (((16, 8, 8, 1), True), ((16, 4, 4, 1), False))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import quickstart
+from configs import multicxr
 from raddino_jax import params as trees
 from raddino_jax import sharding, train
 from raddino_jax.data import pipeline
@@ -18,11 +18,11 @@ from raddino_jax.data import pipeline
 # off: Adam's eps is large, for with 1e-8 its first step is a sign; and the first block drops nothing,
 # for class tokens that no image has reached are equal, and KoLeo divides by their distance.
 TINY = (
-    "batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=2,model.heads=2,"
-    "model.patch_size=4,model.image_size=16,model.drop_path=0.5,model.drop_path_uniform=False,"
-    "views.global_size=16,views.local_size=8,head.prototypes=32,head.hidden=32,head.bottleneck=16,"
-    "head.layers=2,data.image_size=20,optim.eps=0.1,optim.warmup=(1,'steps'),"
-    "optim.freeze_last_layer=(1,'steps')"
+    "compute_dtype=float32,batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=2,"
+    "model.heads=2,model.patch_size=4,model.image_size=16,model.drop_path=0.5,"
+    "model.drop_path_uniform=False,views.global_size=16,views.local_size=8,head.prototypes=32,"
+    "head.hidden=32,head.bottleneck=16,head.layers=2,data.image_size=20,data.threads=2,"
+    "optim.eps=0.1,optim.warmup=(1,'steps'),optim.freeze_last_layer=(1,'steps')"
 )
 STEPS = 3
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
@@ -147,7 +147,7 @@ def _student(objective) -> dict:
 @functools.cache
 def _walk(devices: int, fsdp: int, local_crops: int):
     """(metrics of every step, parameters before, and of student and teacher after) on a mesh."""
-    config = quickstart.get_config(f"{TINY},mesh.fsdp={fsdp},views.local_crops={local_crops}")
+    config = multicxr.get_config(f"{TINY},mesh.fsdp={fsdp},views.local_crops={local_crops}")
     train.check(config, devices)
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp)
     constants = train.step_of(config, 20, 64, mesh)

@@ -192,8 +192,8 @@ def test_crops_do_not_see_each_other():
     before = _apply(model, params, images)["patches"]
     images[[0, 2]] += 1
     after = _apply(model, params, images)["patches"]
-    np.testing.assert_array_equal(before[1], after[1])
-    assert (np.asarray(before[0]) != after[0]).all()
+    np.testing.assert_allclose(before[1], after[1], atol=1e-5)  # float32
+    assert np.abs(before[0] - after[0]).max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(1, 18, 16, 1), (1, 16, 15, 1)])
