@@ -16,7 +16,7 @@ MULTI_CXR = ("brax", "chexpert", "mimic_cxr", "chestx_ray14", "padchest")
 def apply(config: ConfigDict, arguments: str, presets: dict) -> ConfigDict:
     """Apply what stands after the colon of --config=FILE:ARGUMENTS.
 
-    arguments: comma-separated preset names, "field=value" pairs and "recipe=PATH" of a DINOv2-style yaml, applied in order,
+    arguments: comma-separated preset names, "field=value" pairs and "recipe=PATH" of a DINOv2-style yaml, in order,
       e.g. "vits14_224,seed=1".
     Raises ValueError that lists the presets, or the fields beside an unknown one.
     """
@@ -72,8 +72,8 @@ def _literal(text: str):
 def shrink(config: ConfigDict) -> ConfigDict:
     """The same run on synthetic radiographs, small enough for minutes on two CPU cores.
 
-    A few hundred steps from random weights want what continuing from DINOv2 does not: milder views, sharper targets, one
-    learning rate for all layers, fewer prototypes than rows of a batch can fill.
+    A few hundred steps from random weights want what continuing from DINOv2 does not: milder views, sharper targets,
+    one learning rate for all layers, fewer prototypes than rows of a batch can fill.
     """
     config.compute_dtype = "float32"
     config.batch_size, config.group_size, config.koleo_group = 32, 4, 16
