@@ -86,6 +86,6 @@ SIGNS = [
                "the teacher's temperature is too high for what the features can tell (lower both ends of "
                "optim.teacher_temperature), or the heads have no signal yet (fewer prototypes, larger layerscale, "
                "longer optim.head_warmup)"),
-    (_same, "COLLAPSE: the class tokens of different films are all but the same. Likely cause: a learning rate too high "
-            "(lower optim.base_lr, lengthen optim.warmup) or KoLeo switched off (loss.koleo)"),
+    (_same, "COLLAPSE: the class tokens of different films are all but the same. Likely cause: a learning rate too "
+            "high (lower optim.base_lr, lengthen optim.warmup) or KoLeo switched off (loss.koleo)"),
 ]

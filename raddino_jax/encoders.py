@@ -243,13 +243,8 @@ class Encoder:
         """params: as released, that is for three normalised channels where `settings` has three statistics."""
         self.mesh = sharding.make_mesh(jax.local_devices())
         platform = jax.local_devices()[0].platform
-        self.name, self.settings, self.feature, self.dtype, self.notes = (
-            name,
-            settings,
-            feature,
-            dtype,
-            list(notes),
-        )
+        self.name, self.settings, self.feature = name, settings, feature
+        self.dtype, self.notes = dtype, list(notes)
         self.network = _computing(network, platform, jnp.dtype(dtype))
         self.image_size, self.patch_size = settings.crop, _of(network, "patch_size")
         folded = trees.unflatten(fold_grey(trees.flatten(params), settings.mean, settings.std))
@@ -426,12 +421,10 @@ def whole_trees(source: Source) -> dict[str, dict]:
 
 
 def _check_head(arrays: dict, what: str) -> None:
-    kernels = {name: value for name, value in arrays.items() if name.endswith("kernel")}
-    first = next(
-        (value for name, value in kernels.items() if name.split("/")[0] in ("mlp", "mlp_0")), np.zeros((1, 1))
-    )
-    prototypes, bottleneck = arrays["last_layer/weight_v"].shape
-    head = DINOHead(prototypes, first.shape[1], bottleneck, max(len(kernels), 1))
+    nothing, layers = np.zeros((1, 1)), sum(name.endswith("kernel") for name in arrays)
+    first = arrays.get("mlp_0/kernel", arrays.get("mlp/kernel", nothing))
+    prototypes, bottleneck = arrays.get("last_layer/weight_v", nothing).shape
+    head = DINOHead(prototypes, first.shape[1], bottleneck, max(layers, 1))
     blank = jax.ShapeDtypeStruct((1, first.shape[0]), jnp.float32)
     fitted(jax.eval_shape(head.init, jax.random.key(0), blank)["params"], arrays, what)
 

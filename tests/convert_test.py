@@ -166,7 +166,13 @@ def test_a_spoiled_backbone_leaves_nothing_behind(tmp_path, spoil, said):
 def test_a_spoiled_head_leaves_nothing_behind(tmp_path):
     folder = hub(tmp_path / "hub", NETWORKS["plain"], heads=["dino_head"])
     head = formats.write("dino_head", head_arrays(), "test")
-    del head["mlp.2.bias"]
+    torch = pytest.importorskip("torch")
+    whole = formats.write("dinov2", arrays_of(NETWORKS["plain"]), "test")
+    teacher = {f"backbone.{n}": v for n, v in whole.items()} | {f"dino_head.{n}": v for n, v in head.items()}
+    del teacher["dino_head.last_layer.weight_v"], head["mlp.2.bias"]
+    torch.save({"teacher": {n: torch.from_numpy(v) for n, v in teacher.items()}}, folder / "teacher.pth")
+    with pytest.raises(WeightsError, match=r"missing \(1\): last_layer/weight_v"):
+        convert.convert(str(folder / "teacher.pth"), tmp_path / "out", "hf")
     files.write(folder / "dino_head.safetensors", head)
     with pytest.raises(WeightsError, match=r"\(dino_head\) does not fit.*\n.*missing \(1\): mlp_2/bias"):
         convert.convert(str(folder), tmp_path / "out", "hf")

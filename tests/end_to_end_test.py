@@ -72,7 +72,8 @@ def test_the_end_of_a_run_compares_teacher_initialisation_and_pixels(finished):
     assert all(keys <= row.keys() for row in rows)
     assert {row["data"] for row in rows} == {"synthetic"}
     for encoder in ("teacher", "init", "pixels"):
-        assert {"auprc", "knn_accuracy"} <= {r["metric"] for r in rows if r["encoder"] == encoder and r["class"] == "macro"}
+        mine = {row["metric"] for row in rows if row["encoder"] == encoder and row["class"] == "macro"}
+        assert {"auprc", "knn_accuracy"} <= mine
     online = [row for row in logs.read_metrics(finished) if "probe_auprc" in row]
     assert [row["step"] for row in online] == [6, 12]
 
@@ -96,7 +97,8 @@ def wait_for(condition, workdir, process, seconds=240):
 def test_a_killed_run_resumes_to_the_same_metrics(finished, tmp_path):
     workdir = tmp_path / "killed"
     process = start(workdir)
-    wait_for(lambda: len(logs.read_metrics(workdir)) >= 6 and (workdir / "checkpoints" / "4").is_dir(), workdir, process)
+    saved = workdir / "checkpoints" / "4"
+    wait_for(lambda: len(logs.read_metrics(workdir)) >= 6 and saved.is_dir(), workdir, process)
     process.kill()
     process.wait()
     code, _, err = run(workdir)

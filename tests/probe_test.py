@@ -34,10 +34,9 @@ def test_ridge_is_sklearns_with_the_penalty_of_leave_one_out():
     found = probe.ridge(x, labels.values, train, test)
     scaler = StandardScaler().fit(x[train])
     for column in range(3):
-        candidates = [
-            Ridge(alpha=a).fit(scaler.transform(x[train]), labels.values[train, column]).predict(scaler.transform(x[test]))
-            for a in probe.PENALTIES
-        ]
+        inside, outside = scaler.transform(x[train]), scaler.transform(x[test])
+        y = labels.values[train, column]
+        candidates = [Ridge(alpha=a).fit(inside, y).predict(outside) for a in probe.PENALTIES]
         assert min(np.abs(found[:, column] - c).max() for c in candidates) < 1e-5  # float64 inside both
 
 

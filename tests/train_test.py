@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+
 from configs import common, quickstart
 from raddino_jax import checkpoints, logs, train
 from raddino_jax import params as trees
@@ -64,7 +65,8 @@ def test_position_embeddings_follow_the_resolution(tmp_path):
     start = checkpoints.load_arrays(tmp_path / "second", "teacher", 0)["backbone"]
     first = checkpoints.load_arrays(tmp_path / "first", "teacher")["backbone"]
     assert start["pos_embed"].shape == (1, 37, 32) and first["pos_embed"].shape == (1, 17, 32)
-    np.testing.assert_array_equal(start["blocks_1"]["attn"]["qkv"]["kernel"], first["blocks_1"]["attn"]["qkv"]["kernel"])
+    kernels = [tree["blocks_1"]["attn"]["qkv"]["kernel"] for tree in (start, first)]
+    np.testing.assert_array_equal(*kernels)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):

@@ -20,7 +20,7 @@ class LabelError(ValueError):
 
 @dataclass(frozen=True)
 class Labels:
-    """names [C]; values float32 [n, C], NaN where not assessed; patients str [n]; films int [n], places in the source."""
+    """names [C]; values float32 [n, C], NaN where not assessed; patients str [n]; films int [n], in the source."""
 
     names: tuple[str, ...]
     values: np.ndarray

@@ -20,7 +20,7 @@ from raddino_jax.data import pipeline
 from raddino_jax.models import vit
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 RIVALS = {"teacher": "#1f5a99", "init": "#c2772b", "pixels": "#7a7a7a"}  # the same colour in every picture
 

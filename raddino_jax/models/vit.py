@@ -226,8 +226,8 @@ def split(tokens: Array, registers: int) -> dict[str, Array]:
 def materialize(x: Array, backend: str) -> Array:
     """The identity; on a CPU the residual stream and its gradient are written out here.
 
-    XLA's CPU backend otherwise fuses the sum of all later blocks' gradients into every norm's backward pass and computes
-    it again for each: the step took twice as long.
+    XLA's CPU backend otherwise fuses the sum of all later blocks' gradients into every norm's backward pass and
+    computes it again for each.
     """
     return jax.lax.optimization_barrier(x) if backend == "cpu" else x
 
