@@ -429,10 +429,10 @@ def test_a_possible_combination_passes(arguments):
 
 
 @pytest.mark.parametrize(
-    "duration, steps", [((), 1000), ((3, "epochs"), 300), ((3200, "images"), 100), ((7, "steps"), 7)]
+    "duration, steps", [((), 123), ((3, "epochs"), 300), ((3200, "images"), 100), ((7, "steps"), 7)]
 )
 def test_a_duration_replaces_the_number_of_steps(duration, steps):
-    config = _small()
+    config = _small("steps=123")
     config.duration = duration
     assert train.run_steps(config, 4000) == steps
 
