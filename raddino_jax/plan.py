@@ -38,7 +38,7 @@ KNOBS = [
     (lambda c: c.model.remat == "dots", "model.remat=full"),
     (lambda c: c.loss.logits_budget > 2**24, "loss.logits_budget=2**24"),
     (lambda c: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
-    (lambda c: True, "accumulate over more micro-batches, or more chips"),
+    (lambda c: True, "fewer images per chip, that is more chips"),
 ]
 
 def devices_of(topology: str) -> list[jax.Device]:
