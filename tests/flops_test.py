@@ -44,9 +44,10 @@ CASES = {  # fields of ours -> arguments of the calculator
 
 @pytest.mark.parametrize("size", ["S", "B", "L"])
 @pytest.mark.parametrize("ours", CASES)
-def test_flops_per_image_equal_the_calculators_within_half_a_percent(calculator, size, ours):
+def test_flops_per_image_equal_the_calculators(calculator, size, ours):
+    """0.5 % would do for MFU, but the patch embedding's whole share is less."""
     expected = calculator.step(size, **CASES[ours])["flops_per_image"]
-    assert _per_image(f"model.variant={size},{ours}") == pytest.approx(expected, rel=0.005)
+    assert _per_image(f"model.variant={size},{ours}") == pytest.approx(expected, rel=2e-5)
 
 
 def test_an_image_of_the_papers_run_costs_3_341_tflop():
