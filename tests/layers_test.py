@@ -61,7 +61,7 @@ HOMES = {
     "torchvision": TORCH,
     "transformers": TORCH,
     "safetensors.torch": TORCH,
-    "pydicom": {"data.images"},
+    "pydicom": {"data.dicom"},
     "sklearn": {"evals"},
     "tensorflow": set(),
 }
@@ -210,7 +210,7 @@ ALLOWED = [
     ("embed.py", "from raddino_jax.evals import features"),
     ("evals/probe.py", "import sklearn\nfrom raddino_jax.evals import features, scores"),
     ("conversion/rules.py", "def read():\n    import torch"),
-    ("data/images.py", "import numpy\nimport pydicom\nfrom raddino_jax import masking"),
+    ("data/dicom.py", "import numpy\nimport pydicom\nfrom raddino_jax import masking"),
     ("models/attention.py", "import einops\nfrom . import vit"),
 ]
 
