@@ -4,7 +4,8 @@ SRC: a workdir (its teacher), workdir/checkpoints/<step>, a Hugging Face folder,
 hf:owner/name, rad_dino or dinov2_*. DST: a new folder.
 
     hf     config.json, preprocessor_config.json, model.safetensors, README.md: opened by transformers.AutoModel
-    torch  backbone_compatible.safetensors: loads strict into the architecture of facebookresearch/dinov2's hub
+    torch  backbone_compatible.safetensors: loads strict into the architecture of facebookresearch/dinov2's hub;
+           config.json, preprocessor_config.json and README.md beside it
     orbax  a workdir: encoders.load and init= of the pre-training open it
 
 Heads, where there are any, go into dino_head.safetensors and ibot_head.safetensors beside them, as in the RAD-DINO
@@ -27,7 +28,7 @@ import numpy as np
 from absl import logging
 
 from raddino_jax import checkpoints, encoders
-from raddino_jax.conversion import files, formats, huggingface
+from raddino_jax.conversion import card, files, formats, huggingface
 from raddino_jax.conversion.rules import WeightsError
 from raddino_jax.conversion.sources import Source
 
@@ -78,15 +79,14 @@ def _write_hf(source: Source, _, folder: Path) -> None:
     backbone = _completed(source, layerscale=True)
     files.write(folder / "model.safetensors", formats.write("hf_dinov2", backbone, source.what))
     _write_heads(source, folder)
-    _write_descriptions(source, folder)
-    (folder / "README.md").write_text(_card(source))
+    _write_descriptions(source, folder, card.use_hf(source))
 
 
 def _write_torch(source: Source, _, folder: Path) -> None:
     backbone = _completed(source, layerscale=False)
     files.write(folder / "backbone_compatible.safetensors", formats.write("dinov2", backbone, source.what))
     _write_heads(source, folder)
-    _write_descriptions(source, folder)
+    _write_descriptions(source, folder, card.use_torch(source))
 
 
 def _write_orbax(source: Source, trees: dict, folder: Path) -> None:
@@ -120,14 +120,16 @@ def _write_heads(source: Source, folder: Path) -> None:
             files.write(folder / f"{name}.safetensors", arrays)
 
 
-def _write_descriptions(source: Source, folder: Path) -> None:
+def _write_descriptions(source: Source, folder: Path, usage: str) -> None:
     config = huggingface.write_config(source.fields, source.modules["backbone"]["cls_token"].dtype.name)
     preprocess = huggingface.write_preprocess(source.preprocess)
     for name, content in [("config.json", config), ("preprocessor_config.json", preprocess)]:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "README.md").write_text(card.text(source, usage))
     if source.preprocess.standardize:
         source.notes.append(
-            "films are standardised one by one, which preprocessor_config.json cannot say: do it after the processor"
+            "films are standardised one by one, which no processor of transformers does: raddino_jax does it when it "
+            "opens this folder; in PyTorch, do it after the processor with the two lines in README.md"
         )
 
 
@@ -149,56 +151,6 @@ def _workdir_config(source: Source) -> dict:
 
 
 # --- what a person reads --------------------------------------------------------------------------------------
-
-
-def _card(source: Source) -> str:
-    """README.md of a Hugging Face folder: what is known, and where to fill in the rest."""
-    fields, settings, facts = source.fields, source.preprocess, source.facts
-    config = facts.get("config", {})
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [chest-x-ray, dinov2, self-supervised]",
-        "---",
-        "",
-        "# Model card",
-        "",
-    ]
-    if "synthetic" in config.get("data", {}).get("sources", ()):
-        lines += ["**Trained on synthetic radiographs: not for use on patients.**", ""]
-    standardized = ", then standardised one by one (zero mean, unit variance)" if settings.standardize else ""
-    rows = {
-        "Network": f"ViT, width {fields['width']}, {fields['depth']} blocks, {fields['heads']} heads, "
-        f"patch {fields['patch_size']}, {fields['registers']} registers",
-        "Parameters": f"{sum(v.size for v in source.modules['backbone'].values()):,}",
-        "Input": f"short side {settings.resize} ({settings.resample}), centre {settings.crop} x {settings.crop}, "
-        f"mean {_list(settings.mean)}, std {_list(settings.std)}{standardized}",
-        "Converted from": Path(source.what).name,
-    }
-    if config.get("data", {}).get("sources"):
-        rows |= {
-            "Data": ", ".join(config["data"]["sources"]),
-            "Steps": f"{facts['step']} of {config.get('batch_size', '?')} films",
-            "Started from": config.get("init") or "random weights",
-        }
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
-    lines += [
-        "```python",
-        "from transformers import AutoImageProcessor, AutoModel",
-        "",
-        'model = AutoModel.from_pretrained("THIS FOLDER")',
-        'processor = AutoImageProcessor.from_pretrained("THIS FOLDER")',
-        "```",
-        "",
-        "Written by raddino_jax. To be filled in: intended use, licence, patients and hospitals, known failures.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _list(values) -> str:
-    return "/".join(f"{value:g}" for value in values)
-
 
 def _report(source: Source, folder: Path, dst: Path) -> str:
     """Every array with its shape, every file with its checksum, and one checksum of the numbers themselves.

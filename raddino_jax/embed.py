@@ -276,7 +276,7 @@ def embed(
             encoder = encoders.load(encoder, weights, dtype)
         settings = _settings(encoder, films, source, patches, mode)
         if out.exists():
-            _refuse_other(_meta(out), settings, out)
+            _refuse_other(_meta(out) | {"rejects": None}, settings | {"rejects": None}, out)
             return _table(out, patches, done_before=len(films))
         work = Work(unfinished, settings)
         done_before, start = work.seen, time.perf_counter()
@@ -351,7 +351,9 @@ def _finish(work: Work, out: Path, patches: str, settings: dict) -> None:
     if not work.ids:
         return
     columns = {name: work.array(name) for name in ("cls", "patches")[: 2 if patches == "mean" else 1]}
-    WRITERS[out.suffix](work.folder / out.name, work.ids, columns, json.dumps(settings))
+    # The rejects once more: the next command with an output in this folder writes a rejects.csv of its own.
+    meta = json.dumps(settings | {"rejects": work.rejects})
+    WRITERS[out.suffix](work.folder / out.name, work.ids, columns, meta)
     if patches == "full" and (work.folder / "patches.npy").exists():  # not so if killed after the next line
         _append(work.folder / "patches.npy", len(work.ids), work.array("patches")[:0])
         os.replace(work.folder / "patches.npy", patches_file(out))
@@ -406,12 +408,10 @@ def _meta(out: Path) -> dict:
 
 
 def _table(out: Path, patches: str, done_before: int, seconds: float = 0.0) -> dict:
-    table, _ = _read(out)
+    table, meta = _read(out)
     if patches == "full":
         table["patches"] = np.load(patches_file(out), mmap_mode="r")
-    with out.with_name("rejects.csv").open(newline="", encoding="utf-8") as file:
-        rejects = list(csv.DictReader(file))
-    return table | {"rejects": rejects, "done_before": done_before, "seconds": seconds}
+    return table | {"rejects": json.loads(meta)["rejects"], "done_before": done_before, "seconds": seconds}
 
 
 def _nothing(work: Work, seconds: float) -> dict:
@@ -425,7 +425,7 @@ def _nothing(work: Work, seconds: float) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when at least one film could be read, 1 when none could, 2 for a command that cannot run."""
+    """0 when at least one film could be read, 1 when none could, 2 for a command that cannot run, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m raddino_jax.embed",
         description=__doc__,
@@ -456,6 +456,9 @@ def main(argv: list[str] | None = None) -> int:
     except (EmbedError, encoders.WeightsError, OSError) as error:
         print(f"raddino_jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("raddino_jax: interrupted; the same command continues from here", file=sys.stderr)
+        return 130
     rows, rejected = len(table["id"]), len(table["rejects"])
     done = rows + rejected - table["done_before"]
     rate = round(done / table["seconds"], 2) if table["seconds"] and done else None

@@ -67,6 +67,13 @@ def test_round_trips(tmp_path, network, dtype):
     equal(contents(tmp_path / "4-hf"), contents(tmp_path / "1-hf"))
 
 
+def test_others_may_read_what_is_written(tmp_path):
+    """Weights have the permissions of any other new file."""
+    convert.convert(str(hub(tmp_path / "hub", NETWORKS["plain"], heads=["dino_head"])), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "mine").touch()
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
+
+
 def test_training_checkpoints_and_single_files(tmp_path):
     """A teacher checkpoint of DINOv2, chunked, with optimiser and all, becomes a workdir that training continues."""
     torch = pytest.importorskip("torch")
@@ -288,13 +295,39 @@ def test_the_quickstart_through_transformers(run, request, tmp_path):
     patches = out.last_hidden_state[:, 1:].numpy().reshape(ours["patches"].shape)
     for found, expected in [(ours["cls"], out.pooler_output.numpy()), (ours["patches"], patches)]:
         assert np.abs(np.asarray(found) - expected).max() <= 2e-5 * np.abs(expected).max()
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", backend="pil")
-    theirs = processor([Image.fromarray(film) for film in films], return_tensors="np")["pixel_values"]
-    if encoder.settings.standardize:  # which a processor has no step for, as the report says
-        assert "standardised one by one" in report
-        theirs -= theirs.mean((-2, -1), keepdims=True)
-        theirs /= np.sqrt((theirs**2).mean((-2, -1), keepdims=True) + 1e-6)
-    np.testing.assert_allclose(batch[..., 0], theirs[:, 0], atol=1e-5)
+    assert encoder.settings.standardize and "standardised one by one" in report
+    for i, film in enumerate(films):
+        Image.fromarray(film).save(tmp_path / "film.png")
+        found = use_as_told(tmp_path / "hf", tmp_path / "film.png")
+        np.testing.assert_allclose(found["pixels"][0, 0], batch[i, ..., 0], atol=1e-5)
+        for name, expected in [("cls", ours["cls"][i]), ("patches", ours["patches"][i].reshape(36, -1))]:
+            assert np.abs(found[name][0].numpy() - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+def use_as_told(folder: Path, film: Path) -> dict:
+    """What the code in a folder's README.md leaves behind when a reader runs it."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert code.count("THIS FOLDER") >= 2 and code.count("FILM.png") == 1
+    names = {}
+    exec(code.replace("THIS FOLDER", str(folder)).replace("FILM.png", str(film)), names)
+    return names
+
+
+def test_the_card_leaves_out_what_a_network_does_not_need(tmp_path):
+    """Registers come before the patches; films that were not standardised are not to be."""
+    pytest.importorskip("transformers")
+    from PIL import Image
+
+    convert.convert(str(hub(tmp_path / "hub", NETWORKS["registers"])), tmp_path / "hf", "hf")
+    assert "standardised" not in (tmp_path / "hf" / "README.md").read_text()
+    film = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
+    Image.fromarray(film).save(tmp_path / "film.png")
+    found, encoder = use_as_told(tmp_path / "hf", tmp_path / "film.png"), encoders.load(str(tmp_path / "hf"))
+    expected = encoder(encoder.preprocess([film]))
+    for name in ("cls", "patches"):
+        wanted = np.asarray(expected[name]).reshape(found[name].shape)
+        # ImageNet's statistics: their three channels, and our one that stands for all of them.
+        assert np.abs(found[name].numpy() - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("to", ["hf", "torch", "orbax"])
@@ -306,13 +339,10 @@ def test_a_workdir_and_back(workdir, tmp_path, to):
     for module, arrays in before.modules.items():
         equal(after.modules[module], arrays)
     assert after.fields["heads"] == 2
-    film = real_films(1)
-    if to == "orbax":
-        assert after.preprocess == before.preprocess and after.fields == before.fields
-        out = [
-            e(e.preprocess(film))["cls"] for e in (encoders.load(str(p)) for p in (workdir, tmp_path / "out"))
-        ]
-        np.testing.assert_array_equal(*out)
+    assert before.preprocess.standardize and after.preprocess == before.preprocess
+    assert after.fields | dict(offset=0.1) == before.fields
+    both = [encoders.load(str(path)) for path in (workdir, tmp_path / "out")]
+    np.testing.assert_array_equal(*(e(e.preprocess(real_films(1)))["cls"] for e in both))
 
 
 def test_films_are_prepared_as_in_training(workdir, tmp_path):

@@ -229,6 +229,14 @@ def test_a_finished_file_is_kept(encoder, folder, tmp_path):
     assert out.read_bytes() == before and (tmp_path / "mine.npz").read_bytes() == b"something of mine"
 
 
+def test_two_outputs_in_one_folder(encoder, folder, tmp_path):
+    """The second writes its own rejects.csv; the first still knows what it left out."""
+    first = embed.embed(encoder, folder, tmp_path / "a.parquet", batch_size=4)
+    assert embed.embed(encoder, folder / "film02.jpg", tmp_path / "b.npz", batch_size=4)["rejects"] == []
+    again = embed.embed(encoder, folder, tmp_path / "a.parquet", batch_size=4)
+    assert len(again["rejects"]) == 3 and again["rejects"] == first["rejects"]
+
+
 # --- lists --------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +329,16 @@ def test_the_command_over_dicom_files(weights, cxr, tmp_path):
     encoder, table = encoders.load(str(weights)), np.load(out)
     expected = np.stack([alone(encoder, cxr / "dicom" / name)["cls"] for name in table["id"]])
     assert np.abs(table["cls"] - expected).max() <= 2e-2 * np.abs(expected).max()
+
+
+def test_interrupted_by_hand(weights, folder, tmp_path, capsys, monkeypatch):
+    """Ctrl-C ends in a sentence, not in a traceback."""
+    arguments = [f"--encoder={weights}", f"--images={folder}", f"--out={tmp_path / 'out.npz'}", "--batch_size=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "_features", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert embed.main(arguments) == 130
+    assert "the same command continues" in capsys.readouterr().err and not (tmp_path / "out.npz").exists()
+    assert embed.main(arguments) == 0
 
 
 @pytest.mark.slow

@@ -121,7 +121,10 @@ def _from_torch(tensor) -> np.ndarray:
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Arrays to a new safetensors file, marked as PyTorch's: transformers asks for that."""
+    path.touch()  # with the permissions that the user's other files have
+    mode = path.stat().st_mode
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, {"format": "pt"})
+    path.chmod(mode)  # which safetensors takes away from everybody else
 
 
 def find(folder: Path) -> Path | None:

@@ -10,6 +10,7 @@ from raddino_jax.conversion import files
 from raddino_jax.conversion.rules import WeightsError
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+STANDARDIZE = "standardize"  # our own entry in preprocessor_config.json: transformers keeps it, and does nothing
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def read_preprocess(config: Mapping[str, Any], what: str) -> Preprocess:
         raise WeightsError(f"{what}: expected image_mean and image_std of three channels")
     if len(set(mean)) == len(set(std)) == 1:
         mean, std = mean[:1], std[:1]
-    return Preprocess(size, crop, mean, std, resample)
+    return Preprocess(size, crop, mean, std, resample, standardize=bool(config.get(STANDARDIZE, False)))
 
 
 def _side(value, keys: tuple[str, ...], what: str) -> int:
@@ -161,8 +162,8 @@ def _side(value, keys: tuple[str, ...], what: str) -> int:
 
 
 def write_preprocess(settings: Preprocess) -> dict:
-    """preprocessor_config.json in the form of the RAD-DINO release."""
-    return {
+    """preprocessor_config.json in the form of the RAD-DINO release, and STANDARDIZE where films are standardised."""
+    config = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -176,6 +177,7 @@ def write_preprocess(settings: Preprocess) -> dict:
         "image_mean": list(settings.mean * 3)[:3],
         "image_std": list(settings.std * 3)[:3],
     }
+    return config | ({STANDARDIZE: True} if settings.standardize else {})
 
 
 # --- the Hub ------------------------------------------------------------------------------------------------
