@@ -34,6 +34,12 @@ class Labels:
         """The rows of an index or a mask."""
         return Labels(self.names, self.values[index], self.patients[index], self.films[index])
 
+    def informative(self) -> "Labels":
+        """The labels of which both classes occur."""
+        keep = np.array([len(np.unique(column[~np.isnan(column)])) > 1 for column in self.values.T], bool)
+        names = tuple(name for name, kept in zip(self.names, keep, strict=True) if kept)
+        return Labels(names, self.values[:, keep], self.patients, self.films)
+
 
 def read_csv(
     path: str, files: Sequence[Path], columns: Sequence[str], file_column: str, patient_column: str, where: str = ""

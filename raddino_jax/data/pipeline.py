@@ -14,9 +14,17 @@ import grain
 import numpy as np
 
 from raddino_jax import masking
-from raddino_jax.data import images, labels, synthetic
+from raddino_jax.data import images, labels, store, synthetic
+from raddino_jax.data.datasets import manifest
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".webp", ".bmp", ".dcm", ".dicom", ""}
+
+
+# What `prepare --dataset=` knows by name.
+DATASETS = (
+    "brax", "chexpert", "mimic_cxr", "chestx_ray14", "padchest", "vindr_cxr", "candid_ptx", "rsna_pneumonia",
+    "mimic_lungs", "chest_imagenome", "vindr_ribcxr", "iu_xray", "mimic_iv",
+)  # fmt: skip
 
 
 class DataError(ValueError):
@@ -113,24 +121,79 @@ class Cached:
         return film
 
 
+# The paper's mixes, arXiv 2401.10815 Table D.1: source -> films, in proportion to which they are drawn. `private` is
+# what `prepare --dataset=folder --name=private` made. BRAX is printed as 41,620; only 41,260 adds up to the total.
+MIXES = {
+    "multicxr": {
+        "brax": 41_260, "chexpert": 223_648, "mimic_cxr": 210_491, "chestx_ray14": 112_120, "padchest": 160_817,
+        "private": 90_000,
+    },
+    "multicxr_public": {
+        "brax": 41_260, "chexpert": 223_648, "mimic_cxr": 210_491, "chestx_ray14": 112_120, "padchest": 160_817,
+    },
+}  # fmt: skip
+
+
+def weighted(data) -> tuple[list[str], list[float]]:
+    """Names of `config.data.sources` with every mix written out, and their weights; () in proportion to size.
+
+    A source beside a mix counts by its weight of `config.data.weights`, which a mix shares out among its members.
+    """
+    if not any(name in MIXES for name in data.sources):
+        return list(data.sources), list(data.weights)
+    weights = list(data.weights) or [1.0] * len(data.sources)
+    if len(data.sources) > 1 and not data.weights:
+        raise DataError("a mix beside other sources needs config.data.weights, one per source")
+    names, found = [], []
+    for name, weight in zip(data.sources, weights, strict=True):
+        members = MIXES.get(name, {name: 1})
+        names += members
+        found += [weight * films / sum(members.values()) for films in members.values()]
+    return names, found
+
+
 def open_sources(data) -> list:
     """The sources named in `config.data`, in order. Raises DataError for one that is not there."""
-    sources = [_open(name, data) for name in data.sources]
+    sources = _subset([_open(name, data) for name in weighted(data)[0]], data.get("subset", ""))
     if data.fraction < 1:
         sources = [Fraction(source, data.fraction) for source in sources]
     return [Cached(s, data.cache_gib * 2**30 / len(sources)) for s in sources] if data.cache_gib else sources
 
 
-def _open(name: str, data):
+def _open(name: str, data, part: str = "pretrain"):
+    """A source by its word in `config.data.sources`; of a prepared one NAME or NAME:frontal, NAME:lateral."""
     kind, _, argument = name.partition(":")
     if kind == "synthetic":
         return Synthetic(data.synthetic_size, data.image_size)
     if kind == "folder":
         return Folder(argument, data.image_size)
+    if data.data_dir and store.is_prepared(data.data_dir, kind):
+        try:
+            return store.Prepared(data.data_dir, kind, data.image_size, part, argument)
+        except store.StoreError as error:
+            raise DataError(str(error)) from error
+    dataset = kind if kind in DATASETS else f"folder --name={kind}"
     raise DataError(
-        f"dataset {name!r} is not prepared in data_dir {data.data_dir!r}; sources that need no preparation are "
+        f"dataset {kind!r} is not prepared in data_dir {data.data_dir!r}: python -m raddino_jax.prepare "
+        f"--dataset={dataset} --raw_dir=DIR --data_dir={data.data_dir or 'DIR'}; sources that need no preparation are "
         "'synthetic' and 'folder:PATH'"
     )
+
+
+def _subset(sources: list, path: str) -> list:
+    """The sources with those films alone that a file lists by id or path; sources without any are an error."""
+    if not path:
+        return sources
+    try:
+        listed = manifest.listed(path)
+    except OSError as error:
+        raise DataError(f"config.data.subset={path}: {error.strerror}") from error
+    for source in sources:
+        if not isinstance(source, store.Prepared):
+            raise DataError("config.data.subset names films of prepared datasets; other sources have no ids")
+        if not len(source.only(listed)):
+            raise DataError(f"config.data.subset={path} lists no film of {source.name}")
+    return sources
 
 
 def labelled_films(data, spec) -> tuple[list[np.ndarray], labels.Labels, str] | None:
@@ -139,8 +202,8 @@ def labelled_films(data, spec) -> tuple[list[np.ndarray], labels.Labels, str] | 
     data: `config.data`; spec: `config.eval`. Synthetic films are others than those trained on; films of a folder are
     trained on too, without their labels. Raises LabelError, DataError.
     """
-    for name in data.sources:
-        source = Synthetic(spec.films, data.image_size, seed=1) if name == "synthetic" else _open(name, data)
+    for name in weighted(data)[0]:
+        source = Synthetic(spec.films, data.image_size, seed=1) if name == "synthetic" else _open(name, data, "all")
         found = source.labels(spec)
         if found is not None:
             found = found.take(np.arange(len(found))[: spec.films])
@@ -209,7 +272,7 @@ def batches(
     `pack`), "film" int64 [rows, 2] (source number and film index, the identity of each row)}.
     """
     sources = open_sources(data) if sources is None else sources
-    slots = _Slots(sources, data.weights, rows, steps, seed, _Square(data.image_size, data.window, seed))
+    slots = _Slots(sources, weighted(data)[1], rows, steps, seed, _Square(data.image_size, data.window, seed))
 
     def finish(step: int, examples: dict) -> dict:
         groups = range(rows.first // masks.group_size, (rows.first + rows.count) // masks.group_size)
