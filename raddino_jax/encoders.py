@@ -18,20 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from PIL import Image
 
-from raddino_jax import checkpoints, sharding
 from raddino_jax import params as trees
+from raddino_jax import sharding, workdirs
 from raddino_jax.conversion import formats, huggingface, sources
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.conversion.rules import WeightsError
 from raddino_jax.conversion.sources import Source
-from raddino_jax.data import images
 from raddino_jax.models.attention import BACKENDS
 from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.heads import DINOHead
 from raddino_jax.models.resnet import BioViLT
-from raddino_jax.models.vit import VARIANTS, ViT, resize_weights
+from raddino_jax.models.vit import VARIANTS, ViT
+from raddino_jax.preprocess import fold_grey, square
 
 Array = jax.Array
 
@@ -131,93 +130,6 @@ ENCODERS = {
         file="biovil_t_image_model_proj_size_128.pt",
     ),
 }
-
-
-# --- films to network input ---------------------------------------------------------------------------------
-
-
-def square(film: np.ndarray, settings: Preprocess) -> np.ndarray:
-    """One film, uint8 [H, W] -> float32 [S, S] as the network sees it.
-
-    Raises TypeError for anything but an 8-bit grey picture, images.TooLarge for one that is far from square.
-    """
-    if film.dtype != np.uint8 or film.ndim != 2:
-        raise TypeError(
-            f"expected a film as uint8 [H, W], as data.images.read gives it; found {film.dtype} {list(film.shape)}"
-        )
-    film = _stretched(film) if settings.stretch else film
-    if settings.pad:
-        levels = _padded(film, settings.pad)
-    else:
-        levels = _centre(_short_side(film, settings.resize, settings.resample), settings.crop, settings.centre)
-    x = levels.astype(np.float32) * np.float32(settings.scale / 255)
-    x = (x - np.float32(np.mean(settings.mean))) / np.float32(np.mean(settings.std))
-    if settings.pad:
-        rows = resize_weights(settings.pad, settings.crop, 0.0, False)
-        x = rows @ x @ rows.T
-    return _standardized(x) if settings.standardize else x
-
-
-def _short_side(film: np.ndarray, size: int, resample: str) -> np.ndarray:
-    height, width = film.shape
-    short = min(height, width)
-    new = (size * width // short, size * height // short)
-    if new[0] * new[1] > images.LIMITS.max_pixels:
-        raise images.TooLarge(f"expected a film, found {width} x {height} pixels: a strip")
-    if new == (width, height):
-        return film
-    return np.asarray(Image.fromarray(film).resize(new, Image.Resampling[resample.upper()]))
-
-
-def _centre(film: np.ndarray, size: int, rounding: str) -> np.ndarray:
-    """The centre square; torchvision rounds half pixels to even, Hugging Face down."""
-    spare = [side - size for side in film.shape]
-    top, left = (round(n / 2) if rounding == "round" else n // 2 for n in spare)
-    return film[top : top + size, left : left + size]
-
-
-def _stretched(film: np.ndarray) -> np.ndarray:
-    """Minimum to 0 and maximum to 255, rounded down, in the order of operations of hi-ml-multimodal."""
-    x = film.astype(np.float64) - film.min()
-    return (x / x.max() * 255).astype(np.uint8) if x.any() else np.zeros_like(film)
-
-
-def _padded(film: np.ndarray, side: int) -> np.ndarray:
-    """Longer side to `side` by Lanczos, the rest black."""
-    ratio = side / max(film.shape)
-    height, width = (max(int(n * ratio), 1) for n in film.shape)
-    small = np.asarray(Image.fromarray(film).resize((width, height), Image.Resampling.LANCZOS))
-    out = np.zeros((side, side), np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    out[top : top + height, left : left + width] = small
-    return out
-
-
-def _standardized(x: np.ndarray) -> np.ndarray:
-    """As augment.standardize does it to the views of training."""
-    x = x - x.mean()
-    return x / np.sqrt(np.square(x).mean() + np.float32(1e-6))
-
-
-def fold_grey(arrays: dict, mean: Sequence[float], std: Sequence[float]) -> dict:
-    """Parameters that do to the mean-normalised grey film what the given ones do to three normalised channels.
-
-    With z = (g - m0) / s0 and x_c = (g - m_c) / s_c, K_c x_c = K_c (s0 / s_c) z + K_c (m0 - m_c) / s_c: the kernel is
-    scaled, and the constant, equal for every patch, joins the bias or, where there is none, the positions.
-    """
-    if len(mean) == 1:
-        return arrays
-    m, s = np.asarray(mean), np.asarray(std)
-    kernel = next(name for name in arrays if name.endswith("patch_embed/kernel"))
-    bias, pos = kernel.replace("kernel", "bias"), kernel.replace("patch_embed/kernel", "pos_embed")
-    values = np.asarray(arrays[kernel], np.float64)
-    constant = np.einsum("pqcd,c->d", values, (m.mean() - m) / s)
-    folded = {kernel: values * (s.mean() / s)[:, None]}
-    if bias in arrays:
-        folded[bias] = arrays[bias] + constant
-    else:
-        folded[pos] = np.concatenate([arrays[pos][:, :1], arrays[pos][:, 1:] + constant], axis=1)
-    return arrays | {name: value.astype(np.float32) for name, value in folded.items()}
 
 
 # --- the encoder --------------------------------------------------------------------------------------------
@@ -436,12 +348,14 @@ def _find(name_or_path: str, among: Sequence[str] = (), with_heads: bool = False
     """Weights by name or path. among: formats to expect, all by default."""
     if name_or_path in ENCODERS:
         return _released(name_or_path, ENCODERS[name_or_path], with_heads)
+    if not name_or_path:
+        raise WeightsError(f"expected an encoder ({', '.join(ENCODERS)}) or a path, found an empty name")
     kind, _, repository = name_or_path.partition(":")
     path = huggingface.fetch_folder(repository) if kind == "hf" else Path(name_or_path)
     if (path / "checkpoints").is_dir():
-        return _open_workdir(path)
+        return workdirs.open_workdir(path)
     if path.parent.name == "checkpoints" and path.name.isdigit():
-        return _open_workdir(path.parent.parent, int(path.name))
+        return workdirs.open_workdir(path.parent.parent, int(path.name))
     if not path.exists():
         raise WeightsError(
             f"{name_or_path!r} is neither an encoder ({', '.join(ENCODERS)}) nor a path that is there; "
@@ -466,58 +380,3 @@ def _backbone(source: Source) -> dict:
     if "backbone" not in source.modules:
         raise WeightsError(f"{source.what} holds {', '.join(source.modules)}: no encoder")
     return dict(source.modules["backbone"])
-
-
-# --- our own workdirs -----------------------------------------------------------------------------------------
-
-
-def _open_workdir(workdir: Path, step: int | None = None) -> Source:
-    """The teacher of a workdir's newest checkpoint, or of one step."""
-    config = huggingface.read_json(workdir / "config.json")
-    try:
-        step = _newest(workdir, step)
-        teacher = checkpoints.load_arrays(workdir, "teacher", step)
-    except FileNotFoundError as error:
-        raise WeightsError(str(error)) from None
-    except Exception as error:  # whatever Orbax meets in damaged files
-        raise WeightsError(
-            f"{workdir}/checkpoints/{step} cannot be read ({type(error).__name__}: {error})"
-        ) from None
-    try:
-        fields, settings = _stated(config)
-    except (KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{workdir}/config.json: expected the config of a training run ({error!r})"
-        ) from None
-    modules = {name: trees.flatten(tree) for name, tree in teacher.items()}
-    notes = [f"{', '.join(modules)}: the teacher of {workdir} at step {step}"]
-    found = sources.dinov2_fields(modules["backbone"], str(workdir), notes, fields["heads"])
-    resizing = {k: fields.pop(k) for k in ("antialias", "offset")}
-    sources.agree(found, fields, str(workdir))
-    facts = {"step": step, "config": config}
-    return Source(str(workdir), "workdir", modules, found | resizing, settings, facts, notes)
-
-
-def _newest(workdir: Path, step: int | None) -> int:
-    """The newest step, or the given one if it is there."""
-    steps = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
-    if not steps or step not in (None, *steps):
-        raise FileNotFoundError(
-            f"{workdir} has no complete checkpoint{'' if step is None else f' of step {step}'} "
-            f"(steps: {', '.join(map(str, steps)) or 'none'})"
-        )
-    return steps[-1] if step is None else step
-
-
-def _stated(config: dict) -> tuple[dict, Preprocess]:
-    """What config.json says of the network and of its films: the centre of what training cuts its crops from."""
-    model = config["model"]
-    shape = dict(VARIANTS[model["variant"]])
-    shape |= {k: model[k] for k in ("width", "depth", "heads", "ffn") if model[k]}
-    fields = shape | {k: model[k] for k in ("patch_size", "image_size", "registers", "antialias", "offset")}
-    if "preprocess" in config:  # written by `convert`
-        stated = config["preprocess"]
-        return fields, Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()})
-    data, patch, standardize = config["data"], model["patch_size"], config["views"]["standardize"]
-    size = data["image_size"]
-    return fields, Preprocess(size, size // patch * patch, (data["mean"],), (data["std"],), standardize=standardize)

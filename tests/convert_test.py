@@ -21,6 +21,7 @@ from raddino_jax.data import images
 from raddino_jax.models.vit import ViT
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:.*heads of 64")  # right here, but no released width
 
 
 def hub(folder: Path, network: ViT, dtype=np.float32, heads=()) -> Path:

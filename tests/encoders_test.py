@@ -15,7 +15,6 @@ from raddino_jax import encoders
 from raddino_jax import params as trees
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.conversion.rules import WeightsError
-from raddino_jax.data import images
 from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.resnet import BioViLT
 from raddino_jax.models.vit import ViT
@@ -451,75 +450,6 @@ def test_biovil_t(tmp_path):
     np.testing.assert_allclose(encoder.preprocess(pictures)[..., 0], pixels[:, 0], atol=1e-6)
 
 
-# --- films to squares -------------------------------------------------------------------------------------------
-
-SIZES = [(56, 56), (56, 57), (57, 56), (61, 56), (97, 131), (131, 97), (200, 63), (20, 31), (57, 73)]
-
-
-def sized(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * width).integers(0, 256, (height, width), np.uint8)
-
-
-@pytest.mark.parametrize("resize, crop", [(56, 56), (64, 56), (63, 56)])
-def test_squares_as_hugging_face_makes_them(resize, crop):
-    """Pillow's processor exactly; half a pixel of margin goes to the same side."""
-    sides = dict(size={"shortest_edge": resize}, crop_size={"height": crop, "width": crop})
-    processor = transformers.BitImageProcessorPil(**sides, image_mean=[0.5307] * 3, image_std=[0.2583] * 3)
-    settings = Preprocess(resize, crop, **encoders.RAD_DINO)
-    for size in SIZES:
-        film = sized(*size)
-        theirs = processor(Image.fromarray(film), return_tensors="np")["pixel_values"][0, 0]
-        np.testing.assert_allclose(encoders.square(film, settings), theirs, atol=1e-5, err_msg=str(size))
-
-
-@pytest.mark.parametrize("name", ["biomedclip", "mrm"])
-def test_squares_as_torchvision_makes_them(name):
-    row = small(name, None, resize=63, crop=56)
-    pipeline = torchvision_pipeline(row.preprocess)
-    for size in SIZES:
-        film = sized(*size)
-        levels = pipeline(film).astype(np.float32) / 255
-        theirs = (levels - np.mean(row.preprocess.mean)) / np.mean(row.preprocess.std)
-        np.testing.assert_allclose(encoders.square(film, row.preprocess), theirs, atol=1e-5, err_msg=str(size))
-
-
-def test_squares_of_chexzero():
-    row = small("chexzero", None, crop=40, pad=64)
-    for size in SIZES:
-        theirs = chexzero_pipeline(sized(*size), 64, 40)[0]
-        np.testing.assert_allclose(
-            encoders.square(sized(*size), row.preprocess), theirs, atol=1e-5, err_msg=str(size)
-        )
-
-
-def test_standardised_as_in_training():
-    from raddino_jax import augment
-
-    film = sized(64, 64)
-    plain = Preprocess(64, 64, **encoders.RAD_DINO)
-    found = encoders.square(film, dataclasses.replace(plain, standardize=True))
-    np.testing.assert_allclose(found, augment.standardize(jnp.asarray(encoders.square(film, plain))), atol=1e-5)
-    assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "settings", [row.preprocess for row in encoders.ENCODERS.values()], ids=encoders.ENCODERS
-)
-def test_constant_and_extreme_films(settings):
-    for film in [np.zeros((70, 90), np.uint8), np.full((70, 90), 255, np.uint8), sized(3, 150), sized(1, 1)]:
-        found = encoders.square(film, settings)
-        assert found.shape == (settings.crop,) * 2 and found.dtype == np.float32 and np.isfinite(found).all()
-
-
-def test_what_is_no_film():
-    settings = encoders.ENCODERS["rad_dino"].preprocess
-    for wrong in [np.zeros((9, 9), np.float32), np.zeros((9, 9), np.uint16), np.zeros((9, 9, 3), np.uint8)]:
-        with pytest.raises(TypeError, match=r"uint8 \[H, W\], as data.images.read gives it"):
-            encoders.square(wrong, settings)
-    with pytest.raises(images.TooLarge, match="a strip"):
-        encoders.square(np.zeros((2, 5000), np.uint8), settings)
-
-
 # --- the table of encoders ----------------------------------------------------------------------------------------
 
 NAMES = (
@@ -661,8 +591,12 @@ def test_weights_that_are_not_of_this_encoder(folder, tmp_path):
     with pytest.raises(WeightsError, match="'resnet50' is neither an encoder .*rad_dino.* nor a path"):
         encoders.load("resnet50")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WeightsError, match="no weights in this folder"):
+    with pytest.raises(WeightsError, match=r"no weights in this folder \(expected one of [^;]*$"):
         encoders.load(str(tmp_path / "empty"))
+    with pytest.raises(WeightsError, match=r"no weights in this folder.*; for one of clip\.pt give the path"):
+        encoders.load(str(tmp_path))
+    with pytest.raises(WeightsError, match="found an empty name"):
+        encoders.load("")
 
 
 def test_random_weights_in_the_form_of_a_path(folder):

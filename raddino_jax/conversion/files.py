@@ -106,8 +106,13 @@ def _read_old_pickle(path: Path) -> dict[str, np.ndarray]:
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     except Exception as error:  # the unpickler raises nearly anything on bytes that are no pickle
-        reason = str(error).partition("\n")[0]
-        raise WeightsError(f"{path}: not weights alone, or damaged; nothing was run ({reason})") from None
+        # Its own message would advise to read the file once more, and run what is in it.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise WeightsError(
+                f"{path}: it asks to run {asked[1]}, which weights do not need: refused, nothing was run"
+            ) from None
+        raise WeightsError(f"{path}: damaged or cut off, or no PyTorch file ({type(error).__name__})") from None
     return {name: _from_torch(value.detach()) for name, value in named.items()}
 
 

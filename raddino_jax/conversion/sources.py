@@ -1,6 +1,7 @@
 """What a weights file or a Hugging Face folder holds: modules, the network they fit, preprocessing, where from."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.conversion.rules import WeightsError
 
 Arrays = Mapping[str, np.ndarray]
+
+RELEASED_WIDTHS = (384, 768, 1024, 1536)  # of DINOv2's S, B, L and g
 
 
 @dataclass
@@ -42,7 +45,9 @@ def open_path(path: Path, among: Sequence[str] = (), with_heads: bool = False) -
     folder = path if path.is_dir() else path.parent
     file = files.find(path) if path.is_dir() else path
     if file is None:
-        raise WeightsError(f"{path}: no weights in this folder (expected one of {', '.join(files.NAMES)})")
+        others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".bin", ".safetensors"))
+        hint = f"; for one of {', '.join(others[:6])} give the path of the file itself" if others else ""
+        raise WeightsError(f"{path}: no weights in this folder (expected one of {', '.join(files.NAMES)}){hint}")
     if not file.exists():
         raise WeightsError(f"{path} is not there")
     name, modules = formats.read(files.read(file), str(file), among)
@@ -98,7 +103,8 @@ def describe(source: Source, path: Path) -> Source:
 def dinov2_fields(arrays: Arrays, what: str, notes: list[str], heads: int = 0) -> dict:
     """The fields of models.vit.ViT that DINOv2 arrays fit, positions resized as the hub does.
 
-    heads: of attention, which arrays do not tell; 0: heads of 64 channels, and a note that says so.
+    heads: of attention, which arrays do not tell; 0: heads of 64 channels, a note that says so, and a warning where
+      no released network has this width.
     Raises WeightsError where whole parts are missing.
     """
     needed = ("cls_token", "pos_embed", "patch_embed/kernel", "blocks_0/norm1/scale", "norm/scale")
@@ -113,6 +119,12 @@ def dinov2_fields(arrays: Arrays, what: str, notes: list[str], heads: int = 0) -
     if not heads:
         heads = _heads(width, what)
         notes.append(f"{heads} heads of 64, as in every released DINOv2: the file does not say")
+        if width not in RELEASED_WIDTHS:
+            notes[-1] += (
+                f", and none of those has a width of {width}. With another number of heads the features would be "
+                "wrong: a config.json beside the file can say it"
+            )
+            warnings.warn(f"{what}: {notes[-1]}", stacklevel=2)
     return dict(
         width=width,
         depth=max(blocks) + 1,
