@@ -27,10 +27,31 @@ import numpy as np
 from tqdm import tqdm
 
 from raddino_jax.data import images, shapes, shards, store
-from raddino_jax.data.datasets import folder, manifest
+from raddino_jax.data.datasets import (
+    brax,
+    candid_ptx,
+    chest_imagenome,
+    chestx_ray14,
+    chexpert,
+    folder,
+    iu_xray,
+    manifest,
+    mimic_cxr,
+    mimic_iv,
+    mimic_lungs,
+    padchest,
+    rsna_pneumonia,
+    vindr_cxr,
+    vindr_ribcxr,
+)
 from raddino_jax.data.datasets.manifest import Manifest, ManifestError
 
-DATASETS = {"folder": folder}
+DATASETS = {
+    "folder": folder, "brax": brax, "chexpert": chexpert, "mimic_cxr": mimic_cxr, "chestx_ray14": chestx_ray14,
+    "padchest": padchest, "vindr_cxr": vindr_cxr, "candid_ptx": candid_ptx, "rsna_pneumonia": rsna_pneumonia,
+    "mimic_lungs": mimic_lungs, "chest_imagenome": chest_imagenome, "vindr_ribcxr": vindr_ribcxr, "iu_xray": iu_xray,
+    "mimic_iv": mimic_iv,
+}  # fmt: skip
 INSPECTED = 32  # films that a dry run decodes
 
 

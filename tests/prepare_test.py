@@ -15,44 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import pydicom
 import pytest
+from fake_trees import SECRET, SIZE, dicom, drawn, twelve_bits
 from ml_collections import ConfigDict
 from PIL import Image
-from pydicom.uid import ExplicitVRLittleEndian
 
 from raddino_jax import prepare
 from raddino_jax.data import labels, pipeline, store
 from raddino_jax.data.datasets.manifest import ManifestError
-
-SIZE = 32
-SECRET = "Doe^Jane"  # a name that must not get out, in every way a film can carry one
-
-
-def drawn(index: int, height: int = SIZE, width: int = 40) -> np.ndarray:
-    """A film of its own for each index, all grey values from 0 to 255 among them."""
-    grey = np.random.default_rng(index).integers(0, 256, (height, width), np.uint8)
-    grey[0, :2] = 0, 255
-    return grey
-
-
-def write_dicom(path: Path, stored: np.ndarray, photometric: str = "MONOCHROME2", **tags) -> None:
-    data = pydicom.Dataset()
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = pydicom.uid.generate_uid()
-    data.PatientName, data.PatientID, data.StudyDate = SECRET, "Doe-4711", "20200102"
-    data.Rows, data.Columns = stored.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, photometric
-    data.BitsAllocated = 8 * stored.itemsize
-    data.BitsStored = tags.pop("bits", data.BitsAllocated)
-    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, 0
-    data.PixelData = stored.tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.save_as(path, enforce_file_format=True)
 
 
 @pytest.fixture
@@ -64,7 +34,7 @@ def archive(tmp_path) -> Path:
         path = raw / patient / f"film {index}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if index % 3 == 0:
-            write_dicom(path, (4095 - grey.astype(np.uint16) * 16) & 4095, "MONOCHROME1", bits=12)
+            dicom(path, 4095 - twelve_bits(grey), "MONOCHROME1", bits=12)
         elif index % 3 == 1:
             Image.fromarray(grey).save(path.with_suffix(".png"))
         else:

@@ -91,7 +91,8 @@ def _lung(height, width, path, side):
     """Threshold, close and fill, then the two largest parts, told apart by where they lie."""
     from scipy import ndimage
 
-    shown = images.read(Path(path)) > LUNG_THRESHOLD
+    grey = images.read(Path(path))
+    shown = grey > min(LUNG_THRESHOLD, int(grey.max()) // 2)  # masks of 0 and 1 as well
     shown = ndimage.binary_fill_holes(ndimage.binary_closing(shown, iterations=2))
     parts, count = ndimage.label(shown)
     if count == 0:

@@ -121,11 +121,14 @@ def number(text: str) -> float:
 
 
 def age(text: str) -> float:
-    """Years from "45", "045Y" or "45.0"; months and days ("018M") become parts of a year; 0 and nothing are NaN."""
+    """Years from "45", "045Y" or "45.0"; months and days ("018M") become parts of a year.
+
+    NaN for nothing, for 0 (several sets write it for unknown) and beyond 120 (ChestX-ray14 has patients of 412).
+    """
     text = text.strip().upper()
     unit = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}.get(text[-1:], 0)
     years = number(text[:-1] if unit else text) / (unit or 1)
-    return years if years > 0 else NAN
+    return years if 0 < years <= 120 else NAN
 
 
 def sex(text: str) -> str:
@@ -153,15 +156,30 @@ def split_by_patient(patient: str, val: float, test: float) -> str:
 
 
 def listed(path: str | Path) -> set[str]:
-    """The cells of a list of films: a text file or any column of a CSV; of paths, the stem counts as well."""
+    """Names in a list of films: cells of a text file or CSV; of a path also its stem, alone and with two folders."""
     names = set()
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         for row in csv.reader(file):
             for cell in row:
-                names.update((cell.strip(), Path(cell.strip()).stem))
+                path = Path(cell.strip())
+                names.update((cell.strip(), path.stem, "_".join((*path.parts[-3:-1], path.stem))))
     return names - {""}
+
+
+def choice(option: str, value: str, allowed: Sequence[str]) -> str:
+    """The value of an option. Raises ManifestError that lists what it may be."""
+    if value not in allowed:
+        raise ManifestError(f"--{option}={value}: expected {' or '.join(allowed)}")
+    return value
+
+
+def other_tree(option: str, value: str, what: str) -> Path:
+    """A second raw folder that an option names. Raises ManifestError when it is not there."""
+    if not value or not Path(value).is_dir():
+        raise ManifestError(f"--{option}={value}: expected the folder of {what}")
+    return Path(value).resolve()
 
 
 def refuse_torn_patients(films: Sequence[Film]) -> None:
