@@ -112,9 +112,11 @@ def _film(path: str, row: dict, labels, patient_regex: str, val: float, test: fl
     split = {"valid": "val", "validation": "val", "validate": "val"}.get(split.lower(), split.lower())
     if split not in SPLITS:
         raise ManifestError(f"{path}: expected a split of {', '.join(SPLITS)}, found {split!r}")
-    view = row.get("view", "")
+    word = row.get("view", "").strip().upper()
+    view = manifest.view(word)
     return Film(
-        path, "", patient, study=row.get("study", ""), split=split, view=manifest.view(view), projection=view[:16],
+        path, "", patient, study=row.get("study", ""), split=split, view=view,
+        projection=word if view in ("frontal", "lateral") else "",  # free text may hold anything
         sex=manifest.sex(row.get("sex", "")), age=manifest.age(row.get("age", "")), pretrain=split == "train",
         labels=row.get("labels", [manifest.NAN] * len(labels)),
     )  # fmt: skip
