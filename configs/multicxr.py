@@ -98,6 +98,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         sources=common.MULTI_CXR,  # [P] Table D.1
         weights=(),  # () : in proportion to size
         data_dir="",  # prepared datasets
+        subset="",  # a file that lists the films to train on, by id or path, e.g. the release's training_images.csv
         image_size=518,  # [H] side of the square window handed to the device
         window="random",  # random or centre window of the film's short side
         mean=common.RAD_DINO_MEAN, std=common.RAD_DINO_STD,  # [H]

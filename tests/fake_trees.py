@@ -558,7 +558,7 @@ def mimic_iv(folder: Path) -> Tree:
     ]  # fmt: skip
     table(raw / "hosp/admissions.csv.gz", ["subject_id", "hadm_id", "admittime", "race"], admissions)
     omr = [
-        ["10000000", "2180-05-20", 1, "Weight (Lbs)", "150"], ["10000000", "2180-05-01", 1, "Weight (Lbs)", "160"],
+        ["10000000", "2180-05-10", 1, "Weight (Lbs)", "150"], ["10000000", "2180-04-01", 1, "Weight (Lbs)", "160"],
         ["10000000", "2180-05-06", 1, "Weight (Lbs)", "1500"], ["10000000", "2180-06-06", 1, "BMI (kg/m2)", "24.5"],
         ["10000000", "2180-05-07", 1, "BMI (kg/m2)", "245"], ["10000000", "2180-05-06", 1, "Blood Pressure", "110/70"],
     ]  # fmt: skip
@@ -566,7 +566,7 @@ def mimic_iv(folder: Path) -> Tree:
     # Films 0, 4, 8 ... have No Finding = 1, which is index % 4 == 0; of those only film 0 is frontal.
     film = mimic.films[MIMIC_ID.format(0)]
     film.pretrain = False
-    film.more = dict(race="asian", weight=160 * 0.45359237, bmi=24.5, sex="F", age=52.0)
+    film.more = dict(race="asian", weight=150 * 0.45359237, bmi=24.5, sex="F", age=52.0)
     films[MIMIC_ID.format(0)] = film
     return Tree(mimic.raw, films, dict(mimic_iv_dir=str(raw)), left_out={"not frontal, or with a finding": 7})
 

@@ -165,14 +165,14 @@ def _open(name: str, data, part: str = "pretrain"):
     kind, _, argument = name.partition(":")
     if kind == "synthetic":
         return Synthetic(data.synthetic_size, data.image_size)
-    if kind == "folder":
+    if kind == "folder" and argument:
         return Folder(argument, data.image_size)
     if data.data_dir and store.is_prepared(data.data_dir, kind):
         try:
             return store.Prepared(data.data_dir, kind, data.image_size, part, argument)
         except store.StoreError as error:
             raise DataError(str(error)) from error
-    dataset = kind if kind in DATASETS else f"folder --name={kind}"
+    dataset = kind if kind in ("folder", *DATASETS) else f"folder --name={kind}"
     raise DataError(
         f"dataset {kind!r} is not prepared in data_dir {data.data_dir!r}: python -m raddino_jax.prepare "
         f"--dataset={dataset} --raw_dir=DIR --data_dir={data.data_dir or 'DIR'}; sources that need no preparation are "
