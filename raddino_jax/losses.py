@@ -64,28 +64,32 @@ def sinkhorn_bias(
     """Logarithm of the prototype factors after Sinkhorn-Knopp over all valid rows, [K].
 
     rows: unit vectors [R, n, b]. valid: [R, n], 0 for padding. prototypes: [K, b].
-    One pass over the logits per iteration, in the log domain: exp(logit / 0.02) underflows. Constants per
-    prototype cancel in the targets and are left out. Reference: `sinkhorn_knopp_teacher`.
+    One pass over the logits per iteration. The first starts from unscaled rows and is done in the log domain, since
+    exp(logit / 0.02) underflows. Later ones add up rows that sum to one; no prototype's total can underflow there, because
+    the row nearest to it keeps at least 1 / (n K). Constants common to all prototypes cancel in the targets and are left
+    out. Reference: `sinkhorn_knopp_teacher`.
     """
     shards, n, _ = rows.shape
     k = len(prototypes)
     chunks = _chunks(budget, n, 1, k)
 
-    def accumulate(bias, total, chunk):
+    def first(total, chunk):
         row, ok = chunk
-        scaled = _logits(row, prototypes) / temperature
-        # The first iteration starts from unscaled rows, later ones from rows that sum to one.
-        per_row = 0.0 if bias is None else jax.nn.logsumexp(scaled - bias, axis=-1, keepdims=True)
-        scaled = jnp.where(ok[..., None] > 0, scaled - per_row, -jnp.inf)
+        scaled = jnp.where(ok[..., None] > 0, _logits(row, prototypes) / temperature, -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(scaled, axis=1)), None
+
+    def later(bias, total, chunk):
+        row, ok = chunk
+        shares = jax.nn.softmax(_logits(row, prototypes) / temperature - bias)
+        return total + jnp.einsum("rn,rnk->rk", ok, shares, precision="highest"), None
 
     if not iterations:
         return jnp.zeros(k)
-    bias = None
-    for _ in range(iterations):
-        start = jnp.full((shards, k), -jnp.inf)
-        total, _ = _scan_chunks(partial(accumulate, bias), start, (rows, valid), chunks)
-        bias = jax.nn.logsumexp(total, axis=0)
+    start = jnp.full((shards, k), -jnp.inf)
+    bias = jax.nn.logsumexp(_scan_chunks(first, start, (rows, valid), chunks)[0], axis=0)
+    for _ in range(iterations - 1):
+        total, _ = _scan_chunks(partial(later, bias), jnp.zeros((shards, k)), (rows, valid), chunks)
+        bias += jnp.log(total.sum(axis=0))
     return bias
 
 
@@ -144,7 +148,7 @@ def _sweep(student, prototypes, teacher, temperature, budget, with_gradient):
         if not with_gradient:
             return (loss, grad_prototypes), None
         slope = (mass * jnp.exp(logits - norms) - target[:, :, None]) * (weight / temperature)[..., None, None]
-        slope = slope.astype(z.dtype)
+        slope = jax.lax.optimization_barrier(slope.astype(z.dtype))  # made once, read by both products
         grad_prototypes += jnp.einsum("rnsk,rnsb->rkb", slope, z, preferred_element_type=jnp.float32)
         return (loss, grad_prototypes), jnp.einsum("rnsk,kb->rnsb", slope, prototypes.astype(z.dtype))
 

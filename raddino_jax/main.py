@@ -8,9 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-# Virtual CPU devices deadlock with fewer threads than this; it must be set before jax is imported.
-os.environ.setdefault("PJRT_NPROC", "32")
-
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags

@@ -8,13 +8,14 @@ stdout and, as its last line, one JSON object; progress goes to stderr.
 
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-os.environ.setdefault("PJRT_NPROC", "32")
 # libtpu is only asked for a description of chips that are not there: no metadata server, no lock.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -74,10 +75,31 @@ def plan(config, topology: str) -> tuple[dict, str]:
     devices = devices_of(topology)
     began = time.perf_counter()
     lowered, constants = lower(config, devices)
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
+        text, memory = "", Refused.of(error)
     seconds = time.perf_counter() - began
-    text = compiled.as_text()
-    return _row(config, topology, devices, constants, compiled.memory_analysis(), text, seconds), text
+    return _row(config, topology, devices, constants, memory, text, seconds), text
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What is left of a memory analysis when the compiler gave up: the temporaries it asked for, in bytes."""
+
+    peak_memory_in_bytes: float
+    argument_size_in_bytes: float = math.nan
+    temp_size_in_bytes: float = math.nan
+    output_size_in_bytes: float = math.nan
+
+    @classmethod
+    def of(cls, error: Exception) -> "Refused":
+        """From the compiler's message; any other error is raised again."""
+        asked = re.search(r"temporaries \(([\d.]+)([MG])\)", str(error))
+        if "Ran out of memory" not in str(error) or asked is None:
+            raise error
+        return cls(float(asked[1]) * (GIB if asked[2] == "G" else 2**20))
 
 
 def _row(config, topology, devices, constants, memory, text, seconds) -> dict:

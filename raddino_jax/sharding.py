@@ -14,6 +14,10 @@ from raddino_jax import params as trees
 
 BATCH = P(("data", "fsdp"))
 
+# Of jax.jit, by platform. XLA's YNN kernels lose to Eigen's at the sizes of a ViT: a whole step of ViT-S takes 1.3
+# times as long with them (two cores, jaxlib 0.10.2).
+COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
 # Column-split for layers that widen, row-split for layers that narrow, prototypes by prototype. Names of the
 # optimiser's moments and of the teacher end in the same way as the student's.
 PARAMETER_RULES = [
@@ -30,6 +34,11 @@ def make_mesh(devices: Sequence[jax.Device], fsdp: int = 1) -> Mesh:
         raise ValueError(f"config.mesh.fsdp={fsdp} does not divide {len(devices)} devices; use a divisor")
     grid = np.asarray(devices).reshape(-1, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compiler_options(mesh: Mesh) -> dict:
+    """What to pass to jax.jit as `compiler_options` for the devices of a mesh."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
 def shardings(tree, mesh: Mesh):

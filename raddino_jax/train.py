@@ -349,6 +349,7 @@ def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
+        compiler_options=sharding.compiler_options(mesh),
     )
 
 
@@ -390,13 +391,14 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe) -> N
     journal = watch.Journal(config, workdir, constants, mesh, steps, start)
     online = watch.Online(config, constants.objective, observe, journal)
     stop = loop.Terminated()
-    _, last = loop.run(
-        state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh),
-        start=start, steps=steps, report=journal.report, evaluate=online.evaluate, meter=journal.meter,
-        should_save=lambda step: step % config.checkpoint_every == 0 or online.best_step == step,
-        save=lambda step, state: saved.save(step, state.items(), online.metrics_of(step)),
-        stop=lambda: bool(stop) or online.exhausted,
-    )
+    with jax.set_mesh(mesh):
+        _, last = loop.run(
+            state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh),
+            start=start, steps=steps, report=journal.report, evaluate=online.evaluate, meter=journal.meter,
+            should_save=lambda step: step % config.checkpoint_every == 0 or online.best_step == step,
+            save=lambda step, state: saved.save(step, state.items(), online.metrics_of(step)),
+            stop=lambda: bool(stop) or online.exhausted,
+        )
     journal.close()
     if online.exhausted:
         logs.say(f"ended at step {last}: {config.keep_best} has not improved since step {online.best_step}")

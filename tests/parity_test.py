@@ -26,6 +26,7 @@ from raddino_jax.conversion import formats, rules, sources, tables
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.models import vit
 from raddino_jax.models.heads import DINOHead, prototypes
+from raddino_jax.models.ops import LayerNorm
 from raddino_jax.objective import masked_tokens
 
 GOLDENS = Path(os.environ["RADDINO_GOLDENS"])
@@ -123,7 +124,7 @@ def test_vit_intermediates(path, size, block, what):
     images = pixels(golden[f"in/{size}/u8"], 48)
     model, params = golden_vit(golden), backbone_params(under(golden, "param/"), path)
     tokens = vit_out(golden, images)[f"blocks_{block}"]
-    tokens = vit.norm(jnp.float32, "norm").apply({"params": params["norm"]}, tokens)
+    tokens = LayerNorm(jnp.float32).apply({"params": params["norm"]}, tokens)
     ours = vit.split(tokens, model.registers)
     expected = golden[f"out/{size}/inter_norm/block{block}/{what}"]
     patches = np.asarray(ours["patches"]).transpose(0, 2, 1)

@@ -3,18 +3,30 @@
 Letters: n crops, T tokens, H heads, d head width (64 in every ViT here).
 """
 
+import einops
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 
+# From so many tokens on a CPU is faster head by head: it then never holds the [n, H, T, T] scores of all heads (50 ms
+# against 289 ms for one crop of 1370 tokens). At 257 tokens all heads at once are 7 % faster in a whole step.
+LONG = 512
+
+TILE = 128  # lanes of a TPU: sequences are padded to a multiple
+SPLASH_BLOCKS = (
+    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
+    "block_kv_dq",
+)
+
 
 def attention(q: Array, k: Array, v: Array, backend: str = "xla") -> Array:
     """softmax(q k^T / sqrt(d)) v over [n, T, H, d]; the softmax is computed in float32.
 
-    backend: "xla" all heads in one product, "cpu" head by head, which never holds the [n, H, T, T]
-    scores of all heads (50 ms against 289 ms for one 1370-token crop), "gpu" cuDNN, which
-    takes half precision only and falls back to "xla" in float32.
+    backend: "xla" all heads in one product, "cpu" the same for short sequences and head by head
+    for long ones, "gpu" cuDNN, which takes half precision only and falls back to "xla" in float32, "tpu" splash
+    attention for long sequences, on every device its own crops, and "xla" for short ones, which padding would
+    make a third longer.
     """
     return BACKENDS[backend](q, k, v)
 
@@ -29,9 +41,18 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
     return jnp.einsum("nhqk,nkhd->nqhd", weights(q, k).astype(v.dtype), v)
 
 
-def _head_by_head(q: Array, k: Array, v: Array) -> Array:
-    heads = [_xla(q[:, :, h : h + 1], k[:, :, h : h + 1], v[:, :, h : h + 1]) for h in range(q.shape[2])]
-    return jnp.concatenate(heads, axis=2)
+def _cpu(q: Array, k: Array, v: Array) -> Array:
+    if q.shape[1] >= LONG:
+        heads = [_xla(q[:, :, h : h + 1], k[:, :, h : h + 1], v[:, :, h : h + 1]) for h in range(q.shape[2])]
+        return jnp.concatenate(heads, axis=2)
+    # One plain batch of products, each operand written out as they read it: a quarter less time than `_xla`.
+    n = len(q)
+    flat = [einops.rearrange(x, "n t h d -> (n h) t d") for x in (q * q.shape[-1] ** -0.5, k, v)]
+    q, k, v = jax.lax.optimization_barrier(flat)
+    scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
+    probabilities = jax.lax.optimization_barrier(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
+    out = jax.lax.optimization_barrier(jnp.einsum("bqk,bkd->bqd", probabilities, v))
+    return einops.rearrange(out, "(n h) t d -> n t h d", n=n)
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
@@ -40,4 +61,34 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-BACKENDS = {"xla": _xla, "cpu": _head_by_head, "gpu": _cudnn, "tpu": _xla}
+def _tpu(q: Array, k: Array, v: Array) -> Array:
+    if q.shape[1] < LONG:
+        return _xla(q, k, v)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _splash(q, k, v)
+    crops = jax.P(mesh.axis_names)  # a kernel cannot be partitioned: each device runs it on its crops
+    return jax.shard_map(_splash, in_specs=(crops, crops, crops), out_specs=crops, check_vma=False)(q, k, v)
+
+
+def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    """Splash attention on [n, T, H, d], padded to whole tiles; padding is a segment that no token attends to."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    tokens, heads = q.shape[1:3]
+    length = -(-tokens // TILE) * TILE
+    blocks = splash.BlockSizes(**{name: length if "compute" not in name else TILE for name in SPLASH_BLOCKS})
+    mask = masks.MultiHeadMask([masks.FullMask((length, length))] * heads)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    segment = jnp.where(jnp.arange(length) < tokens, 0, 1)
+
+    def padded(x):
+        return jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, length - tokens), (0, 0)])
+
+    run = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=splash.SegmentIds(segment, segment)))
+    out = run(padded(q * q.shape[-1] ** -0.5), padded(k), padded(v))
+    return jnp.swapaxes(out[:, :, :tokens], 1, 2).astype(q.dtype)
+
+
+BACKENDS = {"xla": _xla, "cpu": _cpu, "gpu": _cudnn, "tpu": _tpu}

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from raddino_jax.models.ops import Dense, gelu
+
 Array = jax.Array
 
 
@@ -42,9 +44,9 @@ class DINOHead(nn.Module):
         for i, width in enumerate(widths):
             # Names as torch gives them: nn.Sequential counts the GELUs too, a single layer has no number.
             name = f"mlp_{2 * i}" if self.layers > 1 else "mlp"
-            x = nn.Dense(width, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name)(x)
+            x = Dense(width, self.dtype, name=name)(x)
             if i < len(widths) - 1:
-                x = nn.gelu(x, approximate=False)
+                x = gelu(x)
         Prototypes(self.prototypes, self.bottleneck, name="last_layer")()
         return normalize(x).astype(self.dtype)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from raddino_jax.models.attention import attention, weights
 from raddino_jax.models.heads import uniform
+from raddino_jax.models.ops import LINEAR, Dense, LayerNorm, gelu
 
 Array = jax.Array
 
@@ -29,7 +30,7 @@ VARIANTS = {
 
 REMAT = {  # what the backward pass of a block may keep; "none" keeps everything
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -89,7 +90,7 @@ class ViT(nn.Module):
                 name=f"blocks_{i}",
             )(x, *branches)
             out[f"blocks_{i}"] = x
-        normed = norm(self.dtype, "norm")(x)
+        normed = LayerNorm(self.dtype, name="norm")(x)
         return out | {"prenorm": x} | split(normed, self.registers)
 
     def _grid(self, images: Array) -> tuple[int, int]:
@@ -149,12 +150,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, attn_subset: Array | None = None, ffn_subset: Array | None = None):
-        norm1, norm2 = norm(self.dtype, "norm1"), norm(self.dtype, "norm2")
+        norm1, norm2 = LayerNorm(self.dtype, name="norm1"), LayerNorm(self.dtype, name="norm2")
         scale1, scale2 = (LayerScale(self.layerscale, name=f"ls{i}") for i in (1, 2))
         attn = Attention(self.heads, self.attention, self.dtype, name="attn")
         ffn = FFN[self.ffn](self.dtype, name="mlp")
-        x = materialize(residual(x, lambda t: scale1(attn(norm1(t))), attn_subset), self.attention)
-        return x, materialize(residual(x, lambda t: scale2(ffn(norm2(t))), ffn_subset), self.attention)
+        x = residual(x, lambda t: scale1(attn(norm1(t))), attn_subset)
+        return x, residual(x, lambda t: scale2(ffn(norm2(t))), ffn_subset)
 
 
 class Attention(nn.Module):
@@ -167,10 +168,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        qkv = nn.Dense(3 * width, kernel_init=_normal, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
         q, k, v = einops.rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=self.heads)
         x = einops.rearrange(attention(q, k, v, self.backend), "n t h d -> n t (h d)")
-        return nn.Dense(width, kernel_init=_normal, dtype=self.dtype, name="proj")(x)
+        return Dense(width, self.dtype, name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -180,9 +181,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        hidden = nn.Dense(4 * x.shape[-1], kernel_init=_normal, dtype=self.dtype, name="fc1")(x)
-        hidden = nn.gelu(hidden, approximate=False)
-        return nn.Dense(x.shape[-1], kernel_init=_normal, dtype=self.dtype, name="fc2")(hidden)
+        hidden = Dense(4 * x.shape[-1], self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(gelu(hidden))
 
 
 class SwiGLU(nn.Module):
@@ -193,8 +193,8 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         hidden = (int(4 * x.shape[-1] * 2 / 3) + 7) // 8 * 8
-        gate, value = jnp.split(nn.Dense(2 * hidden, kernel_init=_normal, dtype=self.dtype, name="w12")(x), 2, -1)
-        return nn.Dense(x.shape[-1], kernel_init=_normal, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
+        gate, value = jnp.split(Dense(2 * hidden, self.dtype, name="w12")(x), 2, -1)
+        return Dense(x.shape[-1], self.dtype, name="w3")(nn.silu(gate) * value)
 
 
 FFN = {"mlp": Mlp, "swiglu": SwiGLU}
@@ -212,24 +212,10 @@ class LayerScale(nn.Module):
         return x * self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],)).astype(x.dtype)
 
 
-def norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm as DINOv2 has it: eps 1e-6, two-pass statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
-
-
 def split(tokens: Array, registers: int) -> dict[str, Array]:
     """[n, T, D] -> {"cls" [n, D], "registers" [n, R, D], "patches" [n, N, D]}."""
     first = 1 + registers
     return {"cls": tokens[:, 0], "registers": tokens[:, 1:first], "patches": tokens[:, first:]}
-
-
-def materialize(x: Array, backend: str) -> Array:
-    """The identity; on a CPU the residual stream and its gradient are written out here.
-
-    XLA's CPU backend otherwise fuses the sum of all later blocks' gradients into every norm's backward pass and
-    computes it again for each.
-    """
-    return jax.lax.optimization_barrier(x) if backend == "cpu" else x
 
 
 def attention_maps(model: ViT, params: dict, images: Array) -> Array:
@@ -237,8 +223,8 @@ def attention_maps(model: ViT, params: dict, images: Array) -> Array:
     out = model.apply({"params": params}, images)
     last = model.depth - 1
     before, block = out[f"blocks_{last - 1}" if last else "embedded"], params[f"blocks_{last}"]
-    x = norm(model.dtype, "norm1").apply({"params": block["norm1"]}, before)
-    qkv = nn.Dense(3 * model.width, dtype=model.dtype).apply({"params": block["attn"]["qkv"]}, x)
+    x = LayerNorm(model.dtype).apply({"params": block["norm1"]}, before)
+    qkv = Dense(3 * model.width, model.dtype).apply({"params": block["attn"]["qkv"]}, x)
     q, k, _ = einops.rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=model.heads)
     return weights(q, k)
 

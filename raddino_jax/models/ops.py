@@ -1,0 +1,120 @@
+"""Linear, LayerNorm and GELU with backward passes written by hand: what a step spends its time in.
+
+Left to itself, XLA's CPU backend fuses the gradient that reaches a layer into a transposed copy for its weights'
+gradient and into every sum over rows; here that gradient is written out once and each product reads it as it lies. On
+every backend the weights' gradient is accumulated and returned in float32, whatever the compute type.
+Parameters are named and shaped as in flax's Dense and LayerNorm.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+Array = jax.Array
+
+EPS = 1e-6  # of DINOv2's LayerNorm
+LINEAR = "linear"  # how remat policies know the outputs of Dense: they do not look inside a custom gradient
+
+
+class Dense(nn.Module):
+    """x [..., A] -> x kernel + bias, [..., features], computed in `dtype`."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    std: float = 0.02  # of the kernel's normal initialisation
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return checkpoint_name(linear(x.astype(self.dtype), kernel, bias), LINEAR)
+
+
+class LayerNorm(nn.Module):
+    """Normalises [..., D] over its last axis as DINOv2 does: two-pass statistics in float32."""
+
+    dtype: jnp.dtype = jnp.float32
+    eps: float = EPS
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+@jax.custom_vjp
+def linear(x: Array, kernel: Array, bias: Array) -> Array:
+    """x kernel + bias in the type of x; kernel [A, B] and bias [B] stay float32 outside."""
+    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def _linear_forward(x, kernel, bias):
+    return linear(x, kernel, bias), (x, kernel)
+
+
+def _linear_backward(saved, grad):
+    x, kernel = saved
+    grad = jax.lax.optimization_barrier(grad)
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    to_x = jnp.einsum("...b,ab->...a", grad, kernel.astype(x.dtype))
+    to_kernel = jnp.einsum("na,nb->ab", rows, grads, preferred_element_type=jnp.float32)
+    to_bias = jnp.einsum("n,nb->b", jnp.ones_like(grads[:, 0]), grads, preferred_element_type=jnp.float32)
+    return to_x, to_kernel, to_bias
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * scale + bias in float32."""
+    return _normalized(x, eps)[0] * scale + bias
+
+
+def _normalized(x, eps):
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return centred * factor, factor
+
+
+def _norm_forward(x, scale, bias, eps):
+    return layer_norm(x, scale, bias, eps), (x, scale)
+
+
+def _norm_backward(eps, saved, grad):
+    x, scale = saved
+    normal, factor = _normalized(x, eps)
+    slope = grad * scale
+    along = (slope * normal).mean(-1, keepdims=True)
+    to_x = factor * (slope - slope.mean(-1, keepdims=True) - normal * along)
+    rows = tuple(range(x.ndim - 1))
+    return to_x.astype(x.dtype), (grad * normal).sum(rows), grad.sum(rows)
+
+
+layer_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The exact GELU, x Phi(x), in float32 inside; only x is kept for the backward pass."""
+    return (x * _phi(x.astype(jnp.float32))).astype(x.dtype)
+
+
+def _phi(x):
+    """The normal distribution function."""
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def _gelu_backward(x, grad):
+    # Without the barrier XLA finds Phi in both passes and keeps it too: twice the memory, and slower than computing it.
+    wide = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
+    return ((grad * (_phi(wide) + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
