@@ -7,7 +7,6 @@ step: nothing to save, any number of hosts, exact resume. A host reads the slots
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import grain
@@ -305,12 +304,16 @@ def pack(masks: np.ndarray) -> np.ndarray:
 
 def square(data) -> Callable[[np.ndarray], np.ndarray]:
     """film -> its centre window of `data.image_size`, as evaluations see it."""
-    return partial(_Square(data.image_size, "centre", 0), slot=0)
+    window = _Square(data.image_size, "centre", 0)
+    return lambda film: np.ascontiguousarray(window(film, slot=0))
 
 
 @dataclass(frozen=True)
 class _Square:
-    """A square window of the film's short side: at a random place keyed by (seed, slot), or in the centre."""
+    """A square window of the film's short side: at a random place keyed by (seed, slot), or in the centre.
+
+    A view: stacking a batch copies it once.
+    """
 
     size: int
     window: str
@@ -323,4 +326,4 @@ class _Square:
             top, left = rng.integers(0, spare + 1)
         else:
             top, left = spare // 2
-        return np.ascontiguousarray(film[top : top + self.size, left : left + self.size])
+        return film[top : top + self.size, left : left + self.size]
