@@ -388,8 +388,8 @@ def test_what_is_missing_is_an_error_that_names_the_command(archive, tmp_path):
     with pytest.raises(pipeline.DataError, match="--size=64"):
         pipeline.open_sources(config(tmp_path, "ours", image_size=64))
     next((tmp_path / "ours/1.0.0").glob("*array_record*")).unlink()
-    with pytest.raises(store.StoreError, match="is missing: copy the folder again"):
-        pipeline.open_sources(config(tmp_path, "ours"))[0].film(0)
+    with pytest.raises(pipeline.DataError, match="is missing: copy the folder again"):
+        pipeline.open_sources(config(tmp_path, "ours"))
 
 
 def test_a_mix_is_its_members_in_the_papers_proportion(archive, tmp_path):

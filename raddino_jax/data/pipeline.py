@@ -168,7 +168,9 @@ def _open(name: str, data, part: str = "pretrain"):
         return Folder(argument, data.image_size)
     if data.data_dir and store.is_prepared(data.data_dir, kind):
         try:
-            return store.Prepared(data.data_dir, kind, data.image_size, part, argument)
+            source = store.Prepared(data.data_dir, kind, data.image_size, part, argument)
+            _ = source.records  # a missing shard is told now, not hours later
+            return source
         except store.StoreError as error:
             raise DataError(str(error)) from error
     dataset = kind if kind in ("folder", *DATASETS) else f"folder --name={kind}"
