@@ -51,6 +51,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         registers=0,  # [H]
         layerscale=1e-5,  # [D] overwritten by the weights to continue from
         antialias=False, offset=0.1,  # [D] resizing of position embeddings
+        init_std=0.02,  # [D] of fresh linear layers; their width asks for more when it is small
+        init_position=0.0,  # [D] 0: drawn; else the amplitude of sines and cosines that position embeddings start from
         drop_path=0.3,  # [D] [open]
         drop_path_uniform=True,  # [D] False: grows linearly with depth
         remat="none",  # none, dots or full: what the backward pass recomputes

@@ -65,9 +65,9 @@ def sinkhorn_bias(
 
     rows: unit vectors [R, n, b]. valid: [R, n], 0 for padding. prototypes: [K, b].
     One pass over the logits per iteration. The first starts from unscaled rows and is done in the log domain, since
-    exp(logit / 0.02) underflows. Later ones add up rows that sum to one; no prototype's total can underflow there, because
-    the row nearest to it keeps at least 1 / (n K). Constants common to all prototypes cancel in the targets and are left
-    out. Reference: `sinkhorn_knopp_teacher`.
+    exp(logit / 0.02) underflows. Later ones add up rows that sum to one; no prototype's total can underflow there,
+    because the row nearest to it keeps at least 1 / (n K). Constants common to all prototypes cancel in the targets and
+    are left out. Reference: `sinkhorn_knopp_teacher`.
     """
     shards, n, _ = rows.shape
     k = len(prototypes)

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from raddino_jax import diagnostics, losses
+from raddino_jax import params as trees
 from raddino_jax.models.heads import DINOHead, prototypes
-from raddino_jax.models.vit import ViT, draw_subsets
+from raddino_jax.models.ops import STD
+from raddino_jax.models.vit import ViT, draw_subsets, sincos
 
 Array = jax.Array
 
@@ -26,7 +28,8 @@ class Objective:
     """Networks and constants of the objective; every field is static.
 
     ibot_head: None when DINO and iBOT share one head. masked_budget: U. shards: devices the batch is split
-    over. logits_budget: prototype logits alive at once per shard. koleo_group: images among which KoLeo
+    over. init_std: of the linear layers' fresh kernels. init_position: amplitude of sines and cosines that position
+    embeddings start from; 0 draws them as DINOv2 does. logits_budget: prototype logits alive at once per shard. koleo_group: images among which KoLeo
     searches neighbours.
     """
 
@@ -44,6 +47,8 @@ class Objective:
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
+    init_std: float = STD
+    init_position: float = 0.0
     shards: int = 1
     logits_budget: int = 2**26
 
@@ -58,7 +63,19 @@ class Objective:
         }
         if self.ibot_head is not None:
             params["ibot_head"] = self.ibot_head.init(keys[2], features)["params"]
-        return params
+        return self._started(params)
+
+    def _started(self, params: dict) -> dict:
+        """Fresh parameters at the scales asked for."""
+        flat = trees.flatten(params)
+        if self.init_std != STD:
+            factor = self.init_std / STD
+            linear = [name for name in flat if name.endswith("/kernel") and "/patch_embed/" not in name]
+            flat |= {name: factor * flat[name] for name in linear}
+        if self.init_position:
+            side = self.backbone.image_size // self.backbone.patch_size
+            flat["backbone/pos_embed"] = jnp.asarray(self.init_position * sincos(side, self.backbone.width))
+        return trees.unflatten(flat)
 
     def init_centres(self) -> dict:
         """Zero centres; Sinkhorn has none."""

@@ -72,6 +72,8 @@ def objective_of(config, shards: int = 1, platform: str = "cpu") -> Objective:
         dino_weight=loss.dino,
         ibot_weight=loss.ibot,
         koleo_weight=loss.koleo,
+        init_std=config.model.init_std,
+        init_position=config.model.init_position,
         shards=shards,
         logits_budget=loss.logits_budget,
     )

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "encoders": {"preprocess", "workdirs", "conversion", "models", "params", "sharding"},
     "preprocess": {"conversion", "models", "data.images"},
     "workdirs": {"conversion", "models", "checkpoints", "params"},
-    "objective": {"losses", "models", "diagnostics"},
+    "objective": {"losses", "models", "diagnostics", "params"},
     "diagnostics": {"losses"},
     "conversion": {"params"},
     "data": {"masking"},

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 Array = jax.Array
 
 EPS = 1e-6  # of DINOv2's LayerNorm
+STD = 0.02  # of its initial kernels
 LINEAR = "linear"  # how remat policies know the outputs of Dense: they do not look inside a custom gradient
 
 
@@ -24,11 +25,10 @@ class Dense(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
-    std: float = 0.02  # of the kernel's normal initialisation
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        kernel = self.param("kernel", nn.initializers.normal(STD), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return checkpoint_name(linear(x.astype(self.dtype), kernel, bias), LINEAR)
 

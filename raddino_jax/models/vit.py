@@ -16,7 +16,7 @@ import numpy as np
 
 from raddino_jax.models.attention import attention, weights
 from raddino_jax.models.heads import uniform
-from raddino_jax.models.ops import LINEAR, Dense, LayerNorm, gelu
+from raddino_jax.models.ops import LINEAR, STD, Dense, LayerNorm, gelu
 
 Array = jax.Array
 
@@ -34,7 +34,7 @@ REMAT = {  # what the backward pass of a block may keep; "none" keeps everything
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-_normal = nn.initializers.normal(0.02)
+_normal = nn.initializers.normal(STD)
 
 
 class ViT(nn.Module):
@@ -282,6 +282,21 @@ def resize_pos_embed(pos: Array, grid: tuple[int, int], offset: float, antialias
     table = pos[:, 1:].astype(jnp.float32).reshape(stored, stored, -1)
     table = jnp.einsum("hm,mkd,wk->hwd", rows, table, columns, precision="highest")
     return jnp.concatenate([pos[:, :1], table.reshape(1, -1, pos.shape[-1]).astype(pos.dtype)], axis=1)
+
+
+def sincos(side: int, width: int) -> np.ndarray:
+    """Position embeddings [1, 1 + side * side, width] as sines and cosines of row and column; 0 for the class token.
+
+    Half of the width tells the row, half the column, at width / 4 wavelengths from 2 pi to 20,000 pi patches, as
+    arXiv 2104.02057 has them. Raises ValueError when 4 does not divide the width.
+    """
+    if width % 4:
+        raise ValueError(f"sines and cosines of rows and columns need a width that 4 divides, not {width}")
+    frequencies = 10_000.0 ** -(np.arange(width // 4) / (width / 4))
+    rows, columns = np.indices((side, side)).reshape(2, -1)
+    angles = [place[:, None] * frequencies for place in (rows, columns)]
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
 
 
 def resize_weights(stored: int, target: int, offset: float, antialias: bool) -> np.ndarray:
