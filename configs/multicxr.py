@@ -40,6 +40,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.eval = ConfigDict(dict(  # labelled films for the online evaluation and the probe
         films=1600,  # at most so many
         seeds=5,  # splits by patient
+        feature="cls",  # [P] class token; "cls+patches": with the patches' mean, as DINOv2's own linear evaluation
         csv="", columns=(), where="",  # folder sources: table, label columns, e.g. "source=nih"
         file_column="file", patient_column="patient_id",
     ))

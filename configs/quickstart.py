@@ -15,7 +15,7 @@ from configs import common, multicxr
 def get_config(arguments: str = "") -> ConfigDict:
     """The shrunk run, changed by `arguments`."""
     config = common.shrink(multicxr.get_config())
-    config.update(steps=800, epoch_steps=100, log_every=10, checkpoint_every=200, eval_every=200)
-    config.eval.films = 4000
+    config.update(steps=700, epoch_steps=100, log_every=10, checkpoint_every=175, eval_every=175)
+    config.eval.update(films=3200, feature="cls+patches")
     config.then = ("probe", "figures")
     return common.apply(config, arguments, multicxr.PRESETS)

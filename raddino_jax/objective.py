@@ -27,10 +27,10 @@ Array = jax.Array
 class Objective:
     """Networks and constants of the objective; every field is static.
 
-    ibot_head: None when DINO and iBOT share one head. masked_budget: U. shards: devices the batch is split
-    over. init_std: of the linear layers' fresh kernels. init_position: amplitude of sines and cosines that position
-    embeddings start from; 0 draws them as DINOv2 does. logits_budget: prototype logits alive at once per shard. koleo_group: images among which KoLeo
-    searches neighbours.
+    ibot_head: None when DINO and iBOT share one head. koleo_group: images among which KoLeo searches neighbours.
+    masked_budget: U. shards: devices the batch is split over. logits_budget: prototype logits alive at once per shard.
+    init_std: of the linear layers' fresh kernels. init_position: amplitude of the sines and cosines that position
+    embeddings start from; 0 draws them as DINOv2 does.
     """
 
     backbone: ViT

@@ -8,7 +8,6 @@ stdout and, as its last line, one JSON object; progress goes to stderr.
 
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -88,10 +87,10 @@ def plan(config, topology: str) -> tuple[dict, str]:
 class Refused:
     """What is left of a memory analysis when the compiler gave up: the temporaries it asked for, in bytes."""
 
-    peak_memory_in_bytes: float
-    argument_size_in_bytes: float = math.nan
-    temp_size_in_bytes: float = math.nan
-    output_size_in_bytes: float = math.nan
+    temp_size_in_bytes: float
+    argument_size_in_bytes: float = 0.0
+    output_size_in_bytes: float = 0.0
+    alias_size_in_bytes: float = 0.0
 
     @classmethod
     def of(cls, error: Exception) -> "Refused":
@@ -107,7 +106,7 @@ def _row(config, topology, devices, constants, memory, text, seconds) -> dict:
     per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
     work = per_image * config.batch_size
     ideal = None if chip is None else work / (chip.peak * 1e12 * len(devices))
-    peak = memory.peak_memory_in_bytes / GIB
+    peak = _reserved(memory) / GIB
     fits = None if chip is None else bool(peak <= chip.memory)
     student = jax.eval_shape(constants.objective.init, jax.random.key(0))
     return dict(
@@ -123,6 +122,12 @@ def _row(config, topology, devices, constants, memory, text, seconds) -> dict:
     )
 
 
+def _reserved(memory) -> float:
+    """Bytes a chip must have: what goes in, what comes out of it anew, and the arena of temporaries between."""
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return total - memory.alias_size_in_bytes
+
+
 def _verdict(config, peak: float, chip) -> str:
     if chip is None:
         return f"needs {peak:.1f} GiB; what this device has is not known"
@@ -135,12 +140,16 @@ def _verdict(config, peak: float, chip) -> str:
 def collectives(text: str) -> dict[str, dict]:
     """{kind: {"count", "bytes"}} of a compiled program: bytes of results, per chip and execution.
 
-    One inside a loop is counted once.
+    One inside a loop is counted once, and so is one that the compiler shows in several pieces of its schedule.
     """
     found: dict[str, dict] = {}
+    seen = set()
     for line in text.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line)
+        channel = re.search(r"channel_id=\d+", line)
         hit = re.search(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-        if hit:
+        if hit and not (channel and channel[0] in seen):
+            seen.add(channel and channel[0])
             row = found.setdefault(hit[2], {"count": 0, "bytes": 0})
             row["count"] += 1
             row["bytes"] += sum(map(_size, re.findall(r"(\w+)\[([\d,]*)\]", hit[1])))

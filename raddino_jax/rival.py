@@ -1,8 +1,8 @@
 """The same training step and encoder in PyTorch: what `bench --against=torch` times ours against.
 
 Student and teacher are Hugging Face's Dinov2Model, the rest is DINOv2's step (train/ssl_meta_arch.py) in plain torch:
-heads, Sinkhorn-Knopp, cross-entropies on whole logits, KoLeo, clipping per module, AdamW with layer decay, EMA. It starts
-from our weights and is fed our crops and masks, so that its losses must equal ours.
+heads, Sinkhorn-Knopp, cross-entropies on whole logits, KoLeo, clipping per module, AdamW with layer decay, EMA. It
+starts from our weights and is fed our crops and masks, so that its losses must equal ours.
 
     python -m raddino_jax.rival FOLDER      # as bench starts it: a JSON request a line on stdin, an answer on stdout
 """

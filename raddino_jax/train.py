@@ -20,7 +20,7 @@ from raddino_jax import augment, checkpoints, encoders, logs, loop, masking, opt
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
-from raddino_jax.models.vit import FFN, REMAT, VARIANTS, ViT, resize_pos_embed
+from raddino_jax.models.vit import FEATURES, FFN, REMAT, VARIANTS, ViT, resize_pos_embed
 from raddino_jax.objective import Objective
 
 Array = jax.Array
@@ -158,6 +158,7 @@ def _rules(config, devices: int, hosts: int):
     yield any(not isinstance(s, str) for s in data.sources), (
         "data.sources must be names in quotes: --config.data.sources=\"('synthetic',)\""
     )
+    yield config.eval.feature not in FEATURES, f"eval.feature={config.eval.feature!r}: use {' or '.join(FEATURES)}"
     yield not 0 < data.fraction <= 1, f"data.fraction={data.fraction} must be in (0, 1]"
     yield data.window not in ("random", "centre"), f"data.window={data.window!r} must be 'random' or 'centre'"
     yield config.steps < 1, f"steps={config.steps} must be at least 1"

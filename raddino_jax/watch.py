@@ -10,6 +10,7 @@ import numpy as np
 
 from raddino_jax import augment, diagnostics, flops, logs
 from raddino_jax.data import pipeline
+from raddino_jax.models import vit
 
 Array = jax.Array
 Observe = Callable[[int, np.ndarray, Any], dict[str, float]]  # (step, class features [n, D], labels) -> scores
@@ -61,9 +62,10 @@ class Online:
             if found is None:
                 logs.say("online evaluation: none, the sources have no labels (config.eval.csv names a table)")
         self.labelled = found
-        self.encode = jax.jit(lambda teacher, films: objective.backbone.apply(
+        feature = vit.FEATURES[config.eval.feature]
+        self.encode = jax.jit(lambda teacher, films: feature(objective.backbone.apply(
             {"params": teacher["backbone"]}, standardized(films, config)
-        )["cls"])
+        )))
         self.best, self.best_step, self.since, self.scores = -np.inf, None, 0, {}
         for row in journal.rows:
             self._note(row["step"], row)

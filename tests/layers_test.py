@@ -19,7 +19,7 @@ EVALS = {"encoders", "models", "augment", "losses", "data", *PLUMBING}
 # also import itself, so modules of one folder may import each other.
 MAY_IMPORT = {
     "train": {"objective", "augment", "masking", "models", "encoders", "conversion", "data", "watch", *PLUMBING},
-    "watch": {"diagnostics", "augment", "data", *PLUMBING},
+    "watch": {"diagnostics", "augment", "models", "data", *PLUMBING},
     "bench": {"train", "augment", "masking", "rival", "conversion", "encoders", "data", *PLUMBING},
     "rival": set(),
     "plan": {"train", "encoders", "data", *PLUMBING},

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from configs import common, quickstart
 from raddino_jax import plan
 
@@ -23,10 +25,12 @@ def test_the_row_of_a_config_on_the_devices_at_hand():
 def test_collectives_are_counted_with_their_bytes():
     text = """
       %all-reduce.1 = f32[8,4]{1,0} all-reduce(f32[8,4]{1,0} %x), replica_groups={}
+      %all-reduce.2 = (f32[2]{0}, /*index=1*/f32[2]{0}) all-reduce(%x, /*index=1*/%y), channel_id=7
+      %again = (f32[2]{0}, /*index=1*/f32[2]{0}) all-reduce(%x, /*index=1*/%y), channel_id=7
       %ag = (bf16[2]{0}, bf16[16]{0}) all-gather-start(bf16[2]{0} %y), dimensions={0}
       %add = f32[8,4]{1,0} add(f32[8,4]{1,0} %x, f32[8,4]{1,0} %all-reduce.1)
     """
-    assert plan.collectives(text) == {"all-reduce": {"count": 1, "bytes": 128}, "all-gather": {"count": 1, "bytes": 36}}
+    assert plan.collectives(text) == {"all-reduce": {"count": 2, "bytes": 144}, "all-gather": {"count": 1, "bytes": 36}}
 
 
 def test_the_verdict_names_by_how_much_and_the_first_knob():
@@ -36,3 +40,10 @@ def test_the_verdict_names_by_how_much_and_the_first_knob():
     assert plan._verdict(config, 20.0, chip) == "does not fit by 4.0 GiB per chip; first try model.remat=dots"
     config.model.remat = "full"
     assert "logits_budget" in plan._verdict(config, 20.0, chip)
+
+
+def test_what_the_compiler_refuses_becomes_a_verdict_and_other_errors_stay_errors():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.50G) is"
+    assert plan._reserved(plan.Refused.of(RuntimeError(message))) == 17.5 * plan.GIB
+    with pytest.raises(RuntimeError, match="something else"):
+        plan.Refused.of(RuntimeError("something else"))

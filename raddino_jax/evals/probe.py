@@ -17,6 +17,7 @@ from raddino_jax import encoders, logs
 from raddino_jax.data import pipeline
 from raddino_jax.data.labels import Labels
 from raddino_jax.evals import scores
+from raddino_jax.models import vit
 
 PENALTIES = np.logspace(0, 5, 11)
 NEIGHBOURS = 20
@@ -91,7 +92,7 @@ def run(config, workdir: Path) -> None:
         logs.say("probe: skipped, the sources have no labels (config.eval.csv names a table)")
         return
     films, labels, kind = labelled
-    features = {name: make() for name, make in _features(workdir, films)}
+    features = {name: make() for name, make in _features(workdir, films, config.eval.feature)}
     rows = [
         row
         for name, values in features.items()
@@ -102,17 +103,18 @@ def run(config, workdir: Path) -> None:
         logs.say(_line(name, rows))
 
 
-def _features(workdir: Path, films: list[np.ndarray]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+def _features(workdir: Path, films: list[np.ndarray], feature: str) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """The rivals: the trained teacher, the same network before training, a grey raster."""
-    yield "teacher", lambda: encode(encoders.load(str(workdir)), films)
-    yield "init", lambda: encode(encoders.load(str(workdir / "checkpoints" / "0")), films)
+    yield "teacher", lambda: encode(encoders.load(str(workdir)), films, feature)
+    start = str(workdir / "checkpoints" / "0")
+    yield "init", lambda: encode(encoders.load(start), films, feature)
     yield "pixels", lambda: np.stack([raster(film) for film in films])
 
 
-def encode(encoder, films: list[np.ndarray], batch: int = 64) -> np.ndarray:
-    """Class features [n, D] of films, in batches."""
-    parts = [encoder(encoder.preprocess(films[i : i + batch]))["cls"] for i in range(0, len(films), batch)]
-    return np.concatenate([np.asarray(part) for part in parts])
+def encode(encoder, films: list[np.ndarray], feature: str, batch: int = 64) -> np.ndarray:
+    """Features [n, D] of films, in batches; feature: a key of `vit.FEATURES`."""
+    parts = [encoder(encoder.preprocess(films[i : i + batch])) for i in range(0, len(films), batch)]
+    return np.concatenate([np.asarray(vit.FEATURES[feature](part)) for part in parts])
 
 
 def raster(film: np.ndarray) -> np.ndarray:

@@ -218,6 +218,14 @@ def split(tokens: Array, registers: int) -> dict[str, Array]:
     return {"cls": tokens[:, 0], "registers": tokens[:, 1:first], "patches": tokens[:, first:]}
 
 
+FEATURES = {  # one vector of a film from {"cls" [n, D], "patches" [n, ..., D]}, for probes
+    "cls": lambda out: out["cls"],
+    "cls+patches": lambda out: jnp.concatenate(
+        [out["cls"], out["patches"].reshape(len(out["cls"]), -1, out["cls"].shape[-1]).mean(1)], axis=-1
+    ),
+}
+
+
 def attention_maps(model: ViT, params: dict, images: Array) -> Array:
     """Attention probabilities [n, H, T, T] of the last block."""
     out = model.apply({"params": params}, images)
