@@ -26,6 +26,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         batch_size=640,  # [P] 16 x 40
         group_size=10,  # images that share mask strata and drop-path subsets; never spans devices
         koleo_group=40,  # [P] images per GPU, among which KoLeo looks for neighbours
+        accumulate=1,  # parts that a step takes its batch in, one after the other: less memory, the same trajectory
         compute_dtype="bfloat16",  # parameters, losses and statistics stay float32
         init="",  # "" or "random": fresh. Else weights to continue from
         init_head="",

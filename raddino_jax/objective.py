@@ -104,26 +104,98 @@ class Objective:
         views: {"global" [B, 2, H, W, C], "local" [B, V, h, w, C]}, normalised. masks: bool [B, 2, N].
         key: of the step, for stochastic depth. temperature: the teacher's.
         """
-        index, weight = masked_tokens(masks, self.group_size, self.masked_budget)
-        taught, centres = self.teach(jax.lax.stop_gradient(teacher), centres, views, index, weight, temperature)
-        crops = self.study(student, views, masks, index, key)
-        terms = self.compare(student, taught, crops)
-        metrics = terms | {"masked_tokens": (weight > 0).sum()} | self.diagnose(student, taught, crops)
-        return sum(terms.values()), (metrics, centres)
+        given, weight = self._given(views, masks)
+        seen = self.look(jax.lax.stop_gradient(teacher), given)
+        taught, centres = self.centre(seen, weight, jax.lax.stop_gradient(teacher), centres, temperature)
+        total, metrics = self.learn(student, taught, given, key)
+        return total, (metrics | {"masked_tokens": (weight > 0).sum()}, centres)
 
-    def teach(self, teacher, centres, views, index, weight, temperature) -> tuple[dict, dict]:
-        """Targets from unmasked global crops: unit vectors and biases of class tokens and masked patches."""
-        images, out = self._global(teacher, views["global"])
-        head, head_params = self.patch_head(teacher)
+    def in_parts(
+        self, parts: int, student: dict, teacher: dict, centres: dict, views: dict, masks: Array, key: Array,
+        temperature: Array,
+    ) -> tuple[tuple[Array, tuple[dict, dict]], dict]:
+        """What jax.value_and_grad of `__call__` returns, with the memory of a batch `parts` times smaller.
+
+        The teacher looks at one part after the other, targets are centred over the whole batch, then the student
+        learns from one part after the other. Every shard contributes to every part, and groups stay whole.
+        """
+        given, weight = self._given(views, masks)
+        given = jax.tree.map(lambda x: self._split(x, parts), given)
+        seen = jax.tree.map(self._merge, jax.lax.map(lambda part: self.look(teacher, part), given))
+        taught, centres = self.centre(seen, weight, teacher, centres, temperature)
+        constants, rows = self._rows(taught)
+        rows = jax.tree.map(lambda x: self._split(x, parts), rows)
+
+        def learn(student, part):
+            part_given, part_rows = part
+            total, metrics = self.learn(student, _joined(constants, part_rows), part_given, key)
+            return total, metrics
+
+        def add(total, part):
+            found = jax.value_and_grad(learn, has_aux=True)(student, part)
+            return jax.tree.map(lambda a, b: a + b / parts, total, found), None
+
+        first = jax.tree.map(lambda x: x[0], (given, rows))
+        shapes = jax.eval_shape(jax.value_and_grad(learn, has_aux=True), student, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (given, rows))
+        return (loss, (metrics | {"masked_tokens": (weight > 0).sum()}, centres)), grads
+
+    def _given(self, views: dict, masks: Array) -> tuple[dict, Array]:
+        """What student and teacher look at, first axes by image or group; and the weight [G, U] of masked tokens."""
+        index, weight = masked_tokens(masks, self.group_size, self.masked_budget)
+        return {"views": views, "masks": masks, "index": index, "groups": jnp.arange(len(index))}, weight
+
+    def look(self, teacher: dict, given: dict) -> dict:
+        """The teacher on unmasked global crops: unit vectors of class tokens and masked patches, some features."""
+        images, out = self._global(teacher, given["views"]["global"])
         cls = self.dino_head.apply({"params": teacher["dino_head"]}, out["cls"])
-        cls = cls.reshape(len(weight), -1, cls.shape[-1])
-        dino, centres = self._centre("dino", cls, jnp.ones(cls.shape[:2]), teacher["dino_head"], centres, temperature)
-        taught = {"dino": dino | {"rows": cls.reshape(images, 2, -1)}, "weight": weight, "features": out}
+        stride = max(out["patches"].shape[1] // 4, 1)
+        features = {"cls": out["cls"][::2], "patches": out["patches"][::2, ::stride]}  # for `diagnose`
+        seen = {"dino": cls.reshape(images, 2, -1), "features": features}
         if self.mim:
-            patches = head.apply({"params": head_params}, self._gather(out["patches"], index))
+            head, head_params = self.patch_head(teacher)
+            seen["ibot"] = head.apply({"params": head_params}, self._gather(out["patches"], given["index"]))
+        return seen
+
+    def centre(self, seen, weight, teacher, centres, temperature) -> tuple[dict, dict]:
+        """Targets, as unit vectors and a bias per prototype, from all that the teacher has seen of a batch."""
+        cls = seen["dino"].reshape(len(weight), -1, seen["dino"].shape[-1])
+        head, ones = teacher["dino_head"], jnp.ones(cls.shape[:2])
+        dino, centres = self._centre("dino", cls, ones, head, centres, temperature)
+        taught = {"dino": dino | {"rows": seen["dino"]}, "weight": weight, "features": seen["features"]}
+        if self.mim:
+            head_params = self.patch_head(teacher)[1]
             valid = (weight > 0).astype(jnp.float32)
-            taught["ibot"], centres = self._centre("ibot", patches, valid, head_params, centres, temperature)
+            taught["ibot"], centres = self._centre("ibot", seen["ibot"], valid, head_params, centres, temperature)
         return taught, centres
+
+    def learn(self, student, taught, given, key) -> tuple[Array, dict]:
+        """(loss, metrics) of the student on what is given."""
+        crops = self.study(student, given, key)
+        terms = self.compare(student, taught, crops)
+        return sum(terms.values()), terms | self.diagnose(student, taught, crops)
+
+    def _rows(self, taught: dict) -> tuple[dict, dict]:
+        """Targets apart: what all parts of a batch share, and what goes by image or group."""
+        rows = {"weight": taught["weight"], "features": taught["features"]}
+        rows |= {name: taught[name]["rows"] for name in ("dino", "ibot") if name in taught}
+        shared = {
+            name: {k: v for k, v in taught[name].items() if k != "rows"} for name in ("dino", "ibot") if name in taught
+        }
+        return shared, rows
+
+    def _split(self, x: Array, parts: int) -> Array:
+        """[B, ...] -> [parts, B / parts, ...], an equal share of every shard in each part."""
+        each = len(x) // parts
+        x = x.reshape(self.shards, parts, each // self.shards, *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(parts, each, *x.shape[3:])
+
+    def _merge(self, x: Array) -> Array:
+        """The inverse of `_split`."""
+        parts, each = x.shape[:2]
+        x = x.reshape(parts, self.shards, each // self.shards, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(parts * each, *x.shape[3:])
 
     def _centre(self, name, rows, valid, head_params, centres, temperature):
         """Targets of one kind from unit vectors [G, n, b] and what the centring makes of them."""
@@ -140,12 +212,12 @@ class Objective:
         moved = losses.update_centre(centres[name], rows, valid, weights, self.centre_momentum)
         return bias, centres | {name: moved}
 
-    def study(self, student, views, masks, index, key) -> dict:
+    def study(self, student, given, key) -> dict:
         """The student on masked global crops and on local crops."""
-        groups = len(masks) // self.group_size
+        views, index, groups = given["views"], given["index"], given["groups"]
         global_key, local_key = jax.random.split(key)
         subsets = draw_subsets(global_key, groups, 2 * self.group_size, self.drop_rates)
-        images, out = self._global(student, views["global"], masks, subsets)
+        images, out = self._global(student, views["global"], given["masks"], subsets)
         crops = {
             "features": out["cls"].reshape(images, 2, -1),
             "patches": self._gather(out["patches"], index),
@@ -189,12 +261,11 @@ class Objective:
     def diagnose(self, student, taught, crops) -> dict[str, Array]:
         """Signs of collapse, on one global crop per film and a few patches of each; no gradient."""
         head, out, dino = student["dino_head"], taught["features"], taught["dino"]
-        stride = max(out["patches"].shape[1] // 4, 1)
-        patches = out["patches"][::2, ::stride].reshape(-1, out["patches"].shape[-1])
+        patches = out["patches"].reshape(-1, out["patches"].shape[-1])
         student_rows = self.dino_head.apply({"params": head}, crops["features"][:, 0])
         teacher = dino | {"rows": dino["rows"][:, 1]}  # what the student's first crop is to answer
         found = diagnostics.matching(student_rows, prototypes(head), teacher)
-        found |= diagnostics.spread(out["cls"][::2], "cls") | diagnostics.spread(patches, "patch")
+        found |= diagnostics.spread(out["cls"], "cls") | diagnostics.spread(patches, "patch")
         return jax.tree.map(jax.lax.stop_gradient, found)
 
     def _cross_entropy(self, z, weights, teacher):
@@ -237,6 +308,12 @@ def masked_tokens(masks: Array, group_size: int, budget: int) -> tuple[Array, Ar
     weight = jnp.take_along_axis(weights, index // masks.shape[-1], axis=1)
     valid = jnp.arange(budget) < flat.sum(axis=1, keepdims=True)
     return index, jnp.where(valid, weight, 0.0)
+
+
+def _joined(shared: dict, rows: dict) -> dict:
+    """The inverse of `Objective._rows`."""
+    rows = dict(rows)
+    return {name: part | {"rows": rows.pop(name)} for name, part in shared.items()} | rows
 
 
 def _items(x: Array) -> Array:

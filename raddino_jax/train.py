@@ -4,6 +4,7 @@ Reference: arXiv 2401.10815, section 3.1 and E.1; the order of one iteration is 
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +147,13 @@ def _rules(config, devices: int, hosts: int):
             f"{batch // group} groups (batch_size={batch} / group_size={group}) do not spread evenly over {devices} "
             f"devices: {per_device}"
         )
+    part = batch // max(config.accumulate, 1)
+    yield config.accumulate < 1 or config.accumulate > 1 and (
+        batch % config.accumulate or part % devices or part // devices % group or part // devices % koleo
+    ), (
+        f"accumulate={config.accumulate}: each of its parts must hold whole groups on each of {devices} devices, so "
+        f"batch_size={batch} must be a multiple of accumulate x {devices} x {math.lcm(group, koleo) if group else 1}"
+    )
     yield koleo < 1 or batch % koleo, f"batch_size={batch} is not divided by koleo_group={koleo}: use a divisor"
     yield batch % hosts or batch < hosts, f"batch_size={batch} rows cannot be shared by {hosts} hosts: use a multiple"
     yield devices % config.mesh.fsdp, f"mesh.fsdp={config.mesh.fsdp} does not divide {devices} devices: use a divisor"
@@ -247,6 +255,7 @@ class Step:
     mean: float
     std: float
     seed: int
+    accumulate: int = 1
 
 
 def step_of(config, steps: int, examples: int, mesh) -> Step:
@@ -255,7 +264,7 @@ def step_of(config, steps: int, examples: int, mesh) -> Step:
     views = augment.ViewSettings(**config.views)
     return Step(
         objective, optimizer_of(config), schedules_of(config, steps, examples), views,
-        config.data.mean, config.data.std, config.seed,
+        config.data.mean, config.data.std, config.seed, config.accumulate,
     )
 
 
@@ -289,8 +298,10 @@ def initial_student(config, constants: Step) -> dict | None:
         return None
     student = jax.jit(constants.objective.init)(jax.random.key(constants.seed))
     for part, (modules, lines) in given.items():
+        unused = ("dino_head:", "ibot_head:") if part == "backbone" else ("backbone:",)
         for line in lines:
-            logs.say(f"init: {line}")
+            if not line.startswith(unused):
+                logs.say(f"init: {line}")
         names = ["backbone"] if part == "backbone" else [n for n in student if n != "backbone"]
         for name in names:
             if modules.get(name) is None:
@@ -300,7 +311,8 @@ def initial_student(config, constants: Step) -> dict | None:
     fresh = [name for name in student if name != "backbone" and "heads" not in given]
     if fresh:
         warmup = constants.schedules.head_warmup
-        logs.say(f"init: {', '.join(fresh)} start fresh; the backbone is frozen for the first {warmup} steps")
+        meanwhile = f"; the backbone is frozen for the first {warmup} steps" if warmup else ""
+        logs.say(f"init: {', '.join(fresh)} start fresh{meanwhile}")
     return student
 
 
@@ -332,12 +344,12 @@ def update(state: TrainState, views: dict, masks: Array, key: Array, constants: 
     """The part of `train_step` after the views: loss, gradient, AdamW, teacher."""
     schedule = constants.schedules.at(state.step)
 
-    def loss(student):
-        return constants.objective(
-            student, state.teacher, state.centres, views, masks, key, schedule["teacher_temp"]
-        )
-
-    (total, (metrics, centres)), grads = jax.value_and_grad(loss, has_aux=True)(state.student)
+    objective = constants.objective
+    given = (state.student, state.teacher, state.centres, views, masks, key, schedule["teacher_temp"])
+    if constants.accumulate > 1:
+        (total, (metrics, centres)), grads = objective.in_parts(constants.accumulate, *given)
+    else:
+        (total, (metrics, centres)), grads = jax.value_and_grad(objective, has_aux=True)(*given)
     student, opt, norms = constants.optimizer.update(state.student, grads, state.opt, schedule)
     teacher = optim.ema(state.teacher, student, schedule["momentum"])
     metrics = {"loss": total} | metrics | {f"grad_norm_{module}": norm for module, norm in norms.items()}

@@ -373,19 +373,19 @@ def test_at_the_stored_size_the_table_is_untouched_and_elsewhere_all_of_it_is_tr
 )
 def test_a_subset_has_as_many_crops_as_the_reference_keeps(crops, rate, kept):
     """crops * (1 - rate) in floating point, truncated: 10 * (1 - 0.8) is a little below 2."""
-    drawn = jax.eval_shape(lambda key: vit.draw_subsets(key, 3, crops, [rate]), jax.random.key(0))
+    drawn = jax.eval_shape(lambda key: vit.draw_subsets(key, jnp.arange(3), crops, [rate]), jax.random.key(0))
     assert [branch.shape for branch in drawn[0]] == [(3, kept)] * 2
 
 
 def test_no_rate_means_no_subset_for_a_block_and_for_all():
-    assert vit.draw_subsets(jax.random.key(0), 2, 8, [0.0, 0.0]) is None
-    drawn = jax.eval_shape(lambda key: vit.draw_subsets(key, 2, 8, [0.0, 0.5]), jax.random.key(0))
+    assert vit.draw_subsets(jax.random.key(0), jnp.arange(2), 8, [0.0, 0.0]) is None
+    drawn = jax.eval_shape(lambda key: vit.draw_subsets(key, jnp.arange(2), 8, [0.0, 0.5]), jax.random.key(0))
     assert drawn[0] == (None, None) and drawn[1][0].shape == (2, 4)
 
 
 @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
 def _draw(key, groups):
-    return vit.draw_subsets(key, groups, 8, [0.5, 0.25, 0.5])
+    return vit.draw_subsets(key, jnp.arange(groups), 8, [0.5, 0.25, 0.5])
 
 
 def test_a_group_draws_the_same_subsets_however_many_groups_there_are():

@@ -254,12 +254,12 @@ def residual(x: Array, branch, subset: Array | None) -> Array:
     return add(grouped, subset, delta).reshape(x.shape)
 
 
-def draw_subsets(key: Array, groups: int, crops: int, rates: Sequence[float]) -> list | None:
+def draw_subsets(key: Array, groups: Array, crops: int, rates: Sequence[float]) -> list | None:
     """Stochastic depth as the reference trains it: per group, block and branch a fresh subset of crops.
 
     key: of the step and crop size; each group folds in its own index, so the draw does not
       depend on how groups are spread over devices.
-    crops: crops per group. rates: drop rate of each block.
+    groups: int [G], their numbers in the global batch. crops: crops per group. rates: drop rate of each block.
     Returns per block (attention, feed-forward) int [groups, max(int(crops (1 - rate)), 1)], or None
     where every rate is 0.
     """
@@ -270,7 +270,7 @@ def draw_subsets(key: Array, groups: int, crops: int, rates: Sequence[float]) ->
         draws = jax.random.uniform(jax.random.fold_in(key, group), (len(rates), 2, crops))
         return jnp.argsort(draws, axis=-1)
 
-    orders = jax.vmap(one_group)(jnp.arange(groups))
+    orders = jax.vmap(one_group)(groups)
     kept = [max(int(crops * (1 - rate)), 1) for rate in rates]
     return [
         tuple(orders[:, i, branch, :m] if rate else None for branch in range(2))
