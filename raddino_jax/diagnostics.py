@@ -51,6 +51,7 @@ def _entropy(p: Array) -> Array:
 
 
 UNIFORM, FEW, SAME = 0.99, 2.0, 0.995  # share of ln K; prototypes; mean cosine of different films
+LINE = 1.2  # effective rank of patch features that lie on a line
 GRACE = 20  # steps in which heads may still be without signal
 PATIENCE = 3  # log lines in a row
 
@@ -70,6 +71,10 @@ def _uniform(row: dict, prototypes: int) -> bool:
     return row["target_entropy"] > UNIFORM * math.log(prototypes)
 
 
+def _burnt(row: dict, prototypes: int) -> bool:
+    return _uniform(row, prototypes) and _same(row, prototypes) and row["patch_rank"] < LINE
+
+
 def _few(row: dict, prototypes: int) -> bool:
     return row["prototypes_used"] * prototypes < FEW
 
@@ -82,6 +87,9 @@ SIGNS = [
     (_few, "COLLAPSE: every film gets the same target, so there is nothing left to learn. Likely cause: no working "
            "centring (loss.centring='sinkhorn', sinkhorn_iterations=3; with softmax centre_momentum below 1) or a "
            "learning rate far too high (lower optim.base_lr)"),
+    (_burnt, "COLLAPSE: all features are the same, those of patches too, and the targets are uniform: the weights are "
+             "spoilt. Likely cause: a learning rate far too high (lower optim.base_lr, lengthen optim.warmup) or no "
+             "clipping (optim.clip)"),
     (_uniform, "COLLAPSE: the targets are uniform over the prototypes, so the DINO term teaches nothing. Likely cause: "
                "the teacher's temperature is too high for what the features can tell (lower both ends of "
                "optim.teacher_temperature), or the heads have no signal yet (fewer prototypes, larger layerscale, "

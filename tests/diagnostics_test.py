@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raddino_jax import diagnostics
+from configs import quickstart
+from raddino_jax import diagnostics, logs, train
 
 
 def test_spread_of_known_shapes():
@@ -40,13 +41,14 @@ def test_matching_of_sharp_uniform_and_single_targets():
     assert single["prototypes_used"] == pytest.approx(1 / 8, rel=1e-3) and single["agreement"] == pytest.approx(1 / 8)
 
 
-HEALTHY = dict(step=50, target_entropy=4.0, prototypes_used=0.8, cls_cosine=0.4)
+HEALTHY = dict(step=50, target_entropy=4.0, prototypes_used=0.8, cls_cosine=0.4, patch_rank=4.0)
 
 
 @pytest.mark.parametrize(
     "sign, words",
     [
-        (dict(target_entropy=np.log(256)), "uniform"),
+        (dict(target_entropy=np.log(256)), "temperature is too high"),
+        (dict(target_entropy=np.log(256), cls_cosine=1.0, patch_rank=1.05), "learning rate far too high"),
         (dict(prototypes_used=1.2 / 256), "same target"),
         (dict(cls_cosine=0.9999), "all but the same"),
     ],
@@ -58,3 +60,21 @@ def test_verdict_waits_and_names_cause_and_mend(sign, words):
     text = diagnostics.verdict([HEALTHY, ill, ill, ill], 256)
     assert diagnostics.verdict([row | {"step": 3} for row in (HEALTHY, ill, ill, ill)], 256) is None
     assert words in text and "optim." in text or "loss." in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mistake, cause",
+    [
+        ("optim.base_lr=0.1", "learning rate far too high"),
+        ("loss.centring=softmax,loss.centre_momentum=1.0", "no working centring"),
+        ("optim.teacher_temperature=(0.2,0.2)", "temperature is too high"),
+        ("seed=1", None),
+    ],
+)
+def test_a_real_run_is_called_collapsed_within_100_steps_and_a_healthy_one_never(tmp_path, mistake, cause):
+    config = quickstart.get_config(f"{mistake},steps=100,eval_every=0,then=()")
+    (tmp_path / "config.json").write_text(config.to_json())
+    train.run(config, tmp_path)
+    verdicts = [row["collapse"] for row in logs.read_metrics(tmp_path)]
+    assert (cause in verdicts[-1]) if cause else not any(verdicts)
