@@ -296,6 +296,26 @@ def test_a_backend_equals_attention_by_hand_and_its_gradient_that_of_the_others(
         np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
+def test_long_sequences_on_a_cpu_go_by_blocks_of_queries_and_lose_nothing(monkeypatch):
+    expected, expected_grads = _value_and_pullback("xla")
+    monkeypatch.setattr(attention, "LONG", 4)
+    monkeypatch.setattr(attention, "QUERIES", 3)  # 7 tokens: blocks of 3, the last one padded
+    found, grads = _value_and_pullback("cpu")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
+
+
+def test_the_tpu_kernel_on_a_padded_sequence_equals_plain_attention():
+    """In pallas' interpreter: values and gradients, 150 tokens in two tiles of 128."""
+    q, k, v = _qkv(shape=(1, 150, 2, 64))
+
+    def both(how):
+        return jax.value_and_grad(lambda *x: jnp.sin(how(*x)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    found = both(lambda *x: attention._splash(*x, interpret=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, both(attention._xla))
+
+
 @pytest.mark.parametrize("backend", ["xla", "cpu"])  # "gpu" needs cuDNN in half precision
 def test_half_precision_attention_keeps_its_dtype_and_is_close(backend):
     q, k, v = _qkv(jnp.bfloat16)
