@@ -9,9 +9,32 @@ from pathlib import Path
 TIMINGS = ("images_per_second", "step_seconds", "data_wait_fraction", "mfu", "seconds")
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
+_speaker = (0, 1)  # this process, and how many there are
+
+
+def speak_as(process: int, processes: int) -> None:
+    """One of several processes: all but 0 are silent, except where each has to be heard."""
+    global _speaker
+    _speaker = (process, processes)
+
+
+def say(message: str, each: bool = False) -> None:
+    """One line for the person at the terminal; each: from every process, with its number."""
+    process, processes = _speaker
+    if each and processes > 1:
+        message = f"[host {process}] {message}"
+    if each or process == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+class Silent:
+    """The Metrics of processes that write none."""
+
+    def write(self, step: int, values: dict) -> None:
+        """Nothing: process 0 writes it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Metrics:

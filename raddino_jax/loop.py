@@ -35,29 +35,48 @@ def run(
     should_save: Callable[[int], bool],
     meter,
     evaluate: Callable[[int, Any], dict] = lambda step, state: {},
-    stop: Callable[[], bool] = bool,
+    stop: Callable[[int], bool] = lambda step: False,
+    beat: Callable[[int, str], None] = lambda step, doing: None,
+    rescue: Callable[[int, Any], None] = lambda step, state: None,
 ) -> tuple[Any, int]:
     """Run steps start + 1 .. steps and return (state, last finished step).
 
     step_fn(state, batch) -> (state, metrics) is asynchronous: the metrics of step t - 1 are reported after step t is
     dispatched, and the next batch is fetched meanwhile. evaluate(step, state) may add to a step's metrics. Before a
-    save every metric up to it has been reported, so a run resumed from there has lost no line. stop() true ends
-    the run after a save.
+    save every metric up to it has been reported, so a run resumed from there has lost no line. stop(step) true ends
+    the run after a save. beat(step, what is done now) is called at every change. Where a report raises
+    FloatingPointError, rescue(the step it was of, state) comes before the raise.
     """
     step, pending = start, None
-    batch = _next(batches, meter) if start < steps else None
+
+    def fetch():
+        beat(step, "data")
+        return _next(batches, meter) if step < steps else None
+
+    def tell(reported: int, metrics: dict) -> None:
+        beat(step, "devices")
+        try:
+            report(reported, metrics)
+        except FloatingPointError:
+            rescue(reported, state)
+            raise
+
+    batch = fetch()
     while step < steps:
+        beat(step + 1, "step")
         state, metrics = step_fn(state, batch)
         step += 1
         meter.steps += 1
-        batch = _next(batches, meter) if step < steps else None
+        batch = fetch()
         if pending is not None:
-            report(*pending)
+            tell(*pending)
+        beat(step, "evaluation")
         pending = (step, metrics | evaluate(step, state))
-        ending = step == steps or stop()
+        ending = step == steps or stop(step)
         if ending or should_save(step):
-            report(*pending)
+            tell(*pending)
             pending = None
+            beat(step, "saving")
             save(step, state)
         if ending:
             break

@@ -3,56 +3,103 @@
 The first checkpointed run of a workdir writes config.json there; the same command continues it.
 """
 
-import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from raddino_jax import encoders, logs, train
+from raddino_jax import checkpoints, encoders, heartbeat, hosts, logs, starts, train
 from raddino_jax.data import labels, pipeline
 from raddino_jax.evals import figures, probe
 
 
-def pretrain(config, workdir: Path) -> None:
+def pretrain(config, workdir: Path, beat: train.Beat) -> None:
     """Pre-training with the probe's scores as its online evaluation."""
-    train.run(config, workdir, observe=probe.observe)
+    train.run(config, workdir, observe=probe.observe, beat=beat)
 
 
 TASKS = {"pretrain": pretrain, "probe": probe.run, "figures": figures.run}
 
+MENDABLE = (
+    train.ConfigError, pipeline.DataError, labels.LabelError, encoders.WeightsError, starts.WorkdirError,
+    hosts.ClusterError,
+)
 ON_A_RUN = ("figures",)  # tasks that read a finished run and bring no config of their own
 
-# What may change between the starts of one run: where and how often to save and say, not what is computed.
-HARMLESS = (
-    "log_every", "checkpoint_every", "keep", "keep_every", "eval_every", "then", "data.threads", "data.prefetch",
-    "data.cache_gib", "data.data_dir", "model.remat", "model.attention", "loss.logits_budget", "mesh.fsdp",
-)
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/quickstart.py.")
+_FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir of another config; the differences are listed.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster says so.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Number of processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", -1, "Number of this process from 0, with --coordinator.")
+_SILENCE = flags.DEFINE_float("silence", 30.0, "Seconds without a beat after which a process is taken for dead.")
+_HANG = flags.DEFINE_float("hang", 900.0, "Seconds that a process may stay behind the others before the run is ended.")
+_TELL_EVERY = flags.DEFINE_float("tell_every", 60.0, "Seconds between two lines about each process.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/<config file name>.")
 
 
 def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # libraries log every save at length
+    hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    pulse, beats = heartbeat.Pulse(), None
+    if hosts.count() > 1:
+        beats = heartbeat.Heartbeat(pulse, _SILENCE.value, _HANG.value, _TELL_EVERY.value)
+    try:
+        _run(pulse, beats)
+    except MENDABLE as error:
+        _refuse(error)
+        _end(beats, error, 2)
+    except (FloatingPointError, checkpoints.CheckpointError) as error:
+        logs.say(f"raddino_jax: {error}")
+        _end(beats, error, 1)
+    except OSError as error:
+        logs.say(f"raddino_jax: {error}: {starts.remedy(error)}. The newest checkpoint is untouched", each=True)
+        _end(beats, error, 1)
+    except Exception as error:
+        if beats is not None:
+            beats.suspect()
+            traceback.print_exc()
+        _end(beats, error, 1)
+        raise
+
+
+def _run(pulse: heartbeat.Pulse, beats: heartbeat.Heartbeat | None) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value or Path("runs") / _config_name())
     if config is None:
         raise train.ConfigError("no config: give --config=configs/NAME.py, e.g. configs/quickstart.py")
     for task in (config.task, *config.then):
         if task not in TASKS:
             raise train.ConfigError(f"task {task!r} (config.task, config.then) must be one of {', '.join(TASKS)}")
+    here = starts.Workdir(workdir)
     if config.task in ON_A_RUN:
         _need_run(workdir)
     else:
-        _settle(config, workdir)
+        here.enter()
+        here.settle(config, train.config_differences, _FORCE.value)
+        here.record(config, jax.devices())
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "raddino_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
-    for task in (config.task, *config.then):
+    tasks = [config.task, *config.then]
+    if config.task == "pretrain":
+        pretrain(config, workdir, pulse)
+        tasks = tasks[1:]
+    if beats is not None:
+        beats.leave()
+        hosts.leave()
+    for task in tasks if hosts.index() == 0 else ():
         TASKS[task](config, workdir)
+
+
+def _end(beats: heartbeat.Heartbeat | None, error: Exception, code: int) -> None:
+    """Exit with this code, after telling the other processes why."""
+    if beats is not None:
+        beats.give_up(f"{type(error).__name__}: {error}", code)
+    if code != 1 or isinstance(error, FloatingPointError | checkpoints.CheckpointError | OSError):
+        sys.exit(code)
 
 
 def _config_name() -> str:
@@ -66,30 +113,12 @@ def _need_run(workdir: Path) -> None:
         raise train.ConfigError(f"{workdir} holds no run (no config.json); name one with --workdir")
 
 
-def _settle(config, workdir: Path) -> None:
-    """Write config.json, or refuse a workdir that belongs to another config."""
-    path, text = workdir / "config.json", config.to_json(indent=2, sort_keys=True) + "\n"
-    workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        changed = train.config_differences(json.loads(path.read_text()), json.loads(text))
-        changed = [line for line in changed if line.partition(":")[0] not in HARMLESS]
-        if changed:
-            raise train.ConfigError(
-                f"{workdir} belongs to a run with another config; give another --workdir, or take these back:\n"
-                + "\n".join(f"  - {line}" for line in changed)
-            )
-    logs.write_whole(path, text)
-
-
 def cli() -> None:
     """Console entry: errors a user can mend are one message and exit code 2, not a traceback."""
     try:
         app.run(main, flags_parser=_parse)
-    except (train.ConfigError, pipeline.DataError, labels.LabelError, encoders.WeightsError) as error:
+    except MENDABLE as error:
         sys.exit(_refuse(error))
-    except FloatingPointError as error:
-        logs.say(f"raddino_jax: {error}")
-        sys.exit(1)
 
 
 def _parse(argv: list[str]) -> list[str]:

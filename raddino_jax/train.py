@@ -5,6 +5,7 @@ Reference: arXiv 2401.10815, section 3.1 and E.1; the order of one iteration is 
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from raddino_jax import augment, checkpoints, encoders, logs, loop, masking, optim, sharding, watch
+from raddino_jax import augment, checkpoints, encoders, hosts, logs, loop, masking, optim, sharding, watch
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
@@ -25,6 +26,7 @@ from raddino_jax.models.vit import FEATURES, FFN, REMAT, VARIANTS, ViT, resize_p
 from raddino_jax.objective import Objective
 
 Array = jax.Array
+Beat = Callable[[int, str], None]
 
 
 class ConfigError(ValueError):
@@ -356,11 +358,24 @@ def update(state: TrainState, views: dict, masks: Array, key: Array, constants: 
     return state.replace(step=state.step + 1, student=student, teacher=teacher, opt=opt, centres=centres), metrics
 
 
+def guarded_step(state: TrainState, batch: dict, constants: Step) -> tuple[TrainState, dict]:
+    """`train_step` that keeps the last good state: a loss or gradient that is no number changes nothing but `step`.
+
+    `step` is -1 - s from then on, s being the last good step, and later steps change nothing either: the loss is read
+    one step late.
+    """
+    after, metrics = train_step(state, batch, constants)
+    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith("grad_norm")]
+    good = (state.step >= 0) & jnp.isfinite(jnp.stack([jnp.float32(value) for value in watched])).all()
+    before = state.replace(step=jnp.where(state.step < 0, state.step, -1 - state.step))
+    return jax.tree.map(partial(jnp.where, good), after, before), metrics
+
+
 def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
     """train_step(state, batch), compiled for the mesh, its state donated."""
     places = sharding.shardings(state, mesh)
     return jax.jit(
-        lambda state, batch: train_step(state, batch, constants),
+        lambda state, batch: guarded_step(state, batch, constants),
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
@@ -370,12 +385,13 @@ def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
 
 # --- the run --------------------------------------------------------------------------------------------
 
-def run(config, workdir: Path, observe: watch.Observe | None = None) -> None:
-    """Train to the end, resuming from the newest checkpoint.
+def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat = lambda step, doing: None) -> None:
+    """Train to the end, resuming from the newest sound checkpoint. Of several processes all call it.
 
     observe(step, class features of the teacher [n, D], labels) -> scores is called every `config.eval_every` steps
-    where the sources have labels. Raises ConfigError before anything is compiled, pipeline.DataError for a source that
-    is not there, FloatingPointError when the loss is no number.
+    where the sources have labels; beat(step, what is done now) at every change. Raises ConfigError before anything is
+    compiled, pipeline.DataError for a source that is not there, FloatingPointError when the loss is no number,
+    checkpoints.CheckpointError where none can be read or written.
     """
     devices = jax.devices()
     check(config, len(devices), jax.process_count())
@@ -383,16 +399,21 @@ def run(config, workdir: Path, observe: watch.Observe | None = None) -> None:
     steps = run_steps(config, sum(map(len, sources)))
     saved = checkpoints.Checkpoints(workdir, config.keep, config.keep_every, config.keep_best)
     try:
-        start = saved.latest() or 0
+        start = saved.newest_sound() or 0
         if start >= steps:
             _show_finished(workdir, start)
         else:
-            _train(config, Path(workdir), sources, steps, start, saved, devices, observe)
-    finally:
+            _train(config, Path(workdir), sources, steps, start, saved, devices, observe, beat)
+    except checkpoints.CheckpointError:
+        raise  # what cannot be written now cannot be waited for either
+    except BaseException:
+        saved.close()
+        raise
+    else:
         saved.close()
 
 
-def _train(config, workdir, sources, steps, start, saved, devices, observe) -> None:
+def _train(config, workdir, sources, steps, start, saved, devices, observe, beat) -> None:
     mesh = sharding.make_mesh(devices, config.mesh.fsdp)
     constants = step_of(config, steps, sum(map(len, sources)), mesh)
     student = None if start else initial_student(config, constants)
@@ -406,13 +427,27 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe) -> N
     journal = watch.Journal(config, workdir, constants, mesh, steps, start)
     online = watch.Online(config, constants.objective, observe, journal)
     stop = loop.Terminated()
+    films: deque = deque(maxlen=4)  # (step, who is in its batch) of the newest ones
+
+    def save(step, state):
+        saved.save(step, state.items(), online.metrics_of(step))
+
+    def report(step, metrics):
+        saved.check()
+        journal.report(step, metrics)
+
+    def rescue(step, state):
+        kept = state.replace(step=jnp.where(state.step < 0, -1 - state.step, state.step))
+        if step - 1 not in (0, saved.latest()):
+            saved.save(step - 1, kept.items())
+        _write_replay(config, workdir, sources, step, dict(films)[step])
+
     with jax.set_mesh(mesh):
         _, last = loop.run(
-            state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh),
-            start=start, steps=steps, report=journal.report, evaluate=online.evaluate, meter=journal.meter,
+            state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh, films),
+            start=start, steps=steps, report=report, evaluate=online.evaluate, meter=journal.meter,
             should_save=lambda step: step % config.checkpoint_every == 0 or online.best_step == step,
-            save=lambda step, state: saved.save(step, state.items(), online.metrics_of(step)),
-            stop=lambda: bool(stop) or online.exhausted,
+            save=save, stop=lambda step: hosts.ends_at(step, bool(stop)) or online.exhausted, beat=beat, rescue=rescue,
         )
     journal.close()
     if online.exhausted:
@@ -426,14 +461,17 @@ def _introduce(config, workdir, sources, steps, state, mesh) -> None:
     counts = ", ".join(f"{name}: {len(s)} films" for name, s in zip(config.data.sources, sources, strict=True))
     logs.say(f"data: {' and '.join(sorted({s.kind for s in sources})).upper()} ({counts})")
     overview = parameter_overview.get_parameter_overview(state.student, include_stats=False)
-    logs.write_whole(workdir / "parameters.txt", overview + "\n")
+    if hosts.index() == 0:
+        logs.write_whole(workdir / "parameters.txt", overview + "\n")
     sizes = ", ".join(f"{name} {trees.count(tree):,}" for name, tree in state.student.items())
     logs.say(f"parameters: {sizes} (each one in {workdir / 'parameters.txt'})")
-    logs.say(f"{steps} steps of {config.batch_size} films on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    several = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    logs.say(f"{steps} steps of {config.batch_size} films on {mesh.size} x {kind}{several}")
 
 
-def _feed(config, sources, steps, start, mesh):
-    """Batches on the devices, from step `start` on."""
+def _feed(config, sources, steps, start, mesh, films):
+    """Batches on the devices, from step `start` on; who is in them goes to `films`."""
     hosts, host = jax.process_count(), jax.process_index()
     share = config.batch_size // hosts
     spec = pipeline.MaskSpec(
@@ -442,14 +480,31 @@ def _feed(config, sources, steps, start, mesh):
     )
     rows = pipeline.Rows(host * share, share, config.batch_size)
     batches = pipeline.batches(
-        config.data, rows=rows, steps=steps, start=start, seed=config.seed, sources=sources, masks=spec
+        config.data, rows=rows, steps=steps, start=start, seed=config.seed, sources=sources, masks=spec,
+        tell=partial(logs.say, each=True),
     )
-    for batch in batches:
+    for step, batch in enumerate(batches, start + 1):
+        films.append((step, batch["film"]))
         yield sharding.to_devices({k: batch[k] for k in ("images", "masks")}, mesh)
+
+
+def _write_replay(config, workdir: Path, sources, step: int, films: np.ndarray) -> None:
+    """Which films were in the batch of a step that went wrong, as replay-STEP.json."""
+    names = pipeline.weighted(config.data)[0]
+    rows = [row for part in hosts.gather("replay", films.tolist()) for row in part]
+    if hosts.index() == 0:
+        batch = [
+            {"slot": slot, "source": names[number], "film": film, "name": pipeline.name_of(sources[number], film)}
+            for slot, (number, film) in enumerate(rows)
+        ]
+        found = {"step": step, "seed": config.seed, "batch_size": config.batch_size, "batch": batch}
+        logs.write_whole(workdir / f"replay-{step}.json", json.dumps(found, indent=1) + "\n")
 
 
 def _show_finished(workdir: Path, step: int) -> None:
     """What a finished run came to, on stdout."""
+    if hosts.index():
+        return
     logs.say(f"{workdir} is finished at step {step}; to train anew give another --workdir")
     rows = logs.read_metrics(workdir)
     print(json.dumps(rows[-1] if rows else {"step": step}))

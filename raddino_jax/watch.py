@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raddino_jax import augment, diagnostics, flops, logs
+from raddino_jax import augment, diagnostics, flops, hosts, logs
 from raddino_jax.data import pipeline
 from raddino_jax.models import vit
 
@@ -23,8 +23,8 @@ class Journal:
         views, chip = constants.views, flops.chip(mesh.devices.flat[0])
         per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
         self.meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
-        self.metrics = logs.Metrics(workdir, start)
-        self.rows = logs.read_metrics(workdir)
+        self.metrics = logs.Silent() if hosts.index() else logs.Metrics(workdir, start)
+        self.rows = [row for row in logs.read_metrics(workdir) if row["step"] <= start]
         self.schedules, self.steps, self.every = constants.schedules, steps, config.log_every
         self.prototypes = constants.objective.dino_head.prototypes
         self.close = self.metrics.close
@@ -32,10 +32,12 @@ class Journal:
     def report(self, step: int, values: dict) -> None:
         """Log a step that is due. Raises FloatingPointError when its loss is no number."""
         values = {k: float(v) for k, v in values.items()}
-        if not np.isfinite(values["loss"]):
+        wrong = [f"{k} is {v}" for k, v in values.items() if k.startswith(("loss", "grad_norm")) and not np.isfinite(v)]
+        if wrong:
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}; the newest checkpoint holds the last good state. Lower "
-                "optim.base_lr, or set compute_dtype=float32 to see whether precision is the cause"
+                f"{', '.join(wrong)} at step {step}; the newest checkpoint holds the last good state, step {step - 1}, "
+                f"and replay-{step}.json names the films of the batch. With --force, lower optim.base_lr, or set "
+                "compute_dtype=float32 to see whether precision is the cause"
             )
         if step % self.every == 0 or step in (1, self.steps) or any(k.startswith("probe_") for k in values):
             schedule = {k: float(v) for k, v in self.schedules.at(step - 1).items()}
@@ -83,7 +85,8 @@ class Online:
         films, labels, _ = self.labelled
         chunks = (np.stack(films[i : i + 64]) for i in range(0, len(films), 64))
         features = np.concatenate([np.asarray(self.encode(state.teacher, chunk)) for chunk in chunks])
-        self.scores = self.observe(step, features, labels)
+        # Computed once: rounding may differ between hosts, and which checkpoint is best has to be one decision.
+        self.scores = hosts.share("scores", None if hosts.index() else self.observe(step, features, labels))
         self._note(step, self.scores)
         self.meter.leave_out(time.perf_counter() - began)
         logs.say("  ".join([f"step {step}"] + [f"{name} {value:.3f}" for name, value in self.scores.items()]))

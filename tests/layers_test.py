@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PLUMBING = {"params", "sharding", "checkpoints", "optim", "logs", "flops", "loop"}
+PLUMBING = {"params", "sharding", "checkpoints", "optim", "logs", "flops", "loop", "hosts"}
 EVALS = {"encoders", "models", "augment", "losses", "data", *PLUMBING}
 
 # A room is a module or a folder; the longest name that fits a module is its room. Every room may
@@ -44,6 +44,10 @@ MAY_IMPORT = {
     "masking": set(),
     "params": set(),
     **{room: {"params"} for room in PLUMBING - {"params"}},
+    "hosts": {"logs"},
+    "heartbeat": {"hosts", "logs"},
+    "starts": {"hosts", "logs"},
+    "checkpoints": {"params", "hosts", "logs"},
     "configs": set(),
 }
 MAY_IMPORT["main"] = {*MAY_IMPORT}  # it joins the rooms

@@ -50,7 +50,7 @@ class Trace:
             [], self.step, self.batches(start), start=start, steps=steps, report=self.report,
             save=save, should_save=lambda step: step % self.save_every == 0, meter=self.meter,
             evaluate=self.evaluate,
-            stop=lambda: self.stop_at is not None and f"step {self.stop_at}" in self.events,
+            stop=lambda step: self.stop_at is not None and f"step {self.stop_at}" in self.events,
         )  # fmt: skip
 
 

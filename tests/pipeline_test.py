@@ -210,7 +210,7 @@ def test_a_film_of_a_folder_has_its_short_side_resized(tmp_path, shape, expected
     assert film[0, 0] < 20 and film[-1, -1] > 235
 
 
-def test_a_broken_film_is_an_error_that_names_the_file_from_inside_a_batch_too(tmp_path):
+def test_a_broken_film_is_an_error_that_names_the_file_and_a_batch_takes_another_for_it(tmp_path):
     for i in range(3):
         _save(tmp_path / f"{i}.png", (40, 40))
     broken = tmp_path / "deep" / "1.png"
@@ -219,8 +219,14 @@ def test_a_broken_film_is_an_error_that_names_the_file_from_inside_a_batch_too(t
     source = pipeline.Folder(str(tmp_path), 20)
     with pytest.raises(pipeline.DataError, match=str(broken)):
         source.film(source.files.index(broken))
-    with pytest.raises(Exception, match=str(broken)):
-        _batches([source], batch=4, steps=1)
+    told = []
+    found = list(pipeline.batches(
+        _data(image_size=20), rows=pipeline.Rows(0, 8, 8), steps=6, start=0, seed=SEED, masks=SPEC, sources=[source],
+        tell=told.append,
+    ))
+    films = np.concatenate([batch["film"][:, 1] for batch in found])
+    assert len(told) == 1 and str(broken) in told[0] and "1 so far" in told[0]
+    assert source.files.index(broken) not in films and len(set(films.tolist())) == 3
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ DATASETS = (
 )  # fmt: skip
 
 
+ALLOWED = 10  # films that cannot be decoded, at least
+ELSEWHERE = 1_000_003  # slots from one that cannot be filled to the one that fills in: far from its own batch, prime
+
+
 class DataError(ValueError):
     """A source that is not there or holds nothing; the message says what to do."""
 
@@ -240,22 +244,53 @@ class MaskSpec:
     ratio: tuple[float, float]
 
 
+class Rejects:
+    """Films that could not be decoded: told once each, ten, or one in a hundred, are put up with."""
+
+    def __init__(self, sources: Sequence, tell: Callable[[str], None]):
+        self.sources, self.tell, self.lock = sources, tell, threading.Lock()
+        self.limit = max(ALLOWED, sum(map(len, sources)) // 100)
+        self.films: set[tuple[int, int]] = set()
+
+    def add(self, number: int, film: int, error: Exception) -> None:
+        """Count a film. Raises DataError, which names it, once there are too many."""
+        with self.lock:
+            if (number, film) in self.films:
+                return
+            self.films.add((number, film))
+        name = name_of(self.sources[number], film) or f"film {film} of source {number}"
+        why = str(error) if name in str(error) else f"{name}: {error}"
+        if len(self.films) > self.limit:
+            raise DataError(
+                f"{len(self.films)} films cannot be decoded, {self.limit} are put up with; the last is {why}. "
+                "Mend the source, or prepare it (python -m raddino_jax.prepare), which leaves such films out"
+            )
+        self.tell(f"skipped, {len(self.films)} so far ({self.limit} are put up with): {why}")
+
+
 class _Slots:
     """Random access by this host's example index: the mixed, shuffled, endless stream of examples."""
 
-    def __init__(self, sources: Sequence, weights: Sequence[float], rows: Rows, steps: int, seed: int, square):
+    def __init__(self, sources: Sequence, weights: Sequence[float], rows: Rows, steps: int, seed: int, square, rejects):
         shuffled = [_endless(source, number, seed) for number, source in enumerate(sources)]
         weights = list(weights) or [len(source) for source in sources]
         self.stream = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
-        self.sources, self.rows, self.steps, self.square = sources, rows, steps, square
+        self.sources, self.rows, self.steps, self.square, self.rejects = sources, rows, steps, square, rejects
 
     def __len__(self) -> int:
         return self.steps * self.rows.count
 
     def __getitem__(self, index: int) -> dict:
         slot = self.rows.slot(index)
-        number, film = self.stream[slot]
-        return {"image": self.square(self.sources[number].film(film), slot), "source": number, "film": film}
+        for place in range(slot, slot + ELSEWHERE * (self.rejects.limit + 2), ELSEWHERE):
+            number, film = self.stream[place]
+            try:
+                pixels = self.sources[number].film(film)
+            except Exception as error:  # each decoder has its own; too many of them end the run
+                self.rejects.add(number, film, error)
+            else:
+                return {"image": self.square(pixels, slot), "source": number, "film": film}
+        raise DataError("no film that can be decoded was found; prepare the source, which leaves such films out")
 
 
 def _endless(source, number: int, seed: int) -> grain.MapDataset:
@@ -264,16 +299,29 @@ def _endless(source, number: int, seed: int) -> grain.MapDataset:
     return order.map(lambda film: (number, int(film)))
 
 
+def name_of(source, film: int) -> str:
+    """The file or id of a film, "" where the source has none."""
+    while isinstance(source, Fraction | Cached):
+        film = int(source.films[film]) if isinstance(source, Fraction) else film
+        source = source.source
+    if isinstance(source, Folder):
+        return str(source.files[film])
+    return source.ids()[film] if isinstance(source, store.Prepared) else ""
+
+
 def batches(
-    data, *, rows: Rows, steps: int, start: int, seed: int, masks: MaskSpec, sources: Sequence | None = None
+    data, *, rows: Rows, steps: int, start: int, seed: int, masks: MaskSpec, sources: Sequence | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict]:
     """Batches for steps start .. steps - 1 of this host's rows.
 
     data: `config.data`. Yields {"images" uint8 [rows, S, S], "masks" uint8 [rows, 2, ceil(N / 8)] (bits, see
-    `pack`), "film" int64 [rows, 2] (source number and film index, the identity of each row)}.
+    `pack`), "film" int64 [rows, 2] (source number and film index, the identity of each row)}. A film that cannot be
+    decoded is told to `tell` and another, always the same one, takes its slot; too many raise DataError.
     """
     sources = open_sources(data) if sources is None else sources
-    slots = _Slots(sources, weighted(data)[1], rows, steps, seed, _Square(data.image_size, data.window, seed))
+    slots = _Slots(sources, weighted(data)[1], rows, steps, seed, _Square(data.image_size, data.window, seed),
+                   Rejects(sources, tell))
 
     def finish(step: int, examples: dict) -> dict:
         groups = range(rows.first // masks.group_size, (rows.first + rows.count) // masks.group_size)
