@@ -88,7 +88,7 @@ def curves(rows: list[dict], settings: dict) -> list[Picture]:
     if scored:
         found.append(_lines("probe", "What the features know, over time", scored,
                             [("probe_auprc", "probe_knn_auprc"), ("probe_auroc",), ("probe_knn_accuracy",)],
-                            "A linear probe and a kNN vote on the teacher's class token, on a split by patient."))
+                            "A linear probe and a kNN vote on the teacher's features, on a split by patient."))
     return found
 
 
