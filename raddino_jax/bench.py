@@ -4,8 +4,9 @@
     python -m raddino_jax.bench --config=configs/multicxr.py:vits14_224 --what=step --against=torch
 
 Images are a seeded uint8 batch already on the device; --data=real (always so for --what=data) reads the config's
-sources as training does. --against=torch takes turns with the same work in PyTorch, in another process with as many
-threads (PJRT_NPROC sets how many). A table goes to stdout and, as its last line, one JSON object; progress to stderr.
+sources as training does, and --what=data compares ways to store their films. --against=torch takes turns with the same
+work in PyTorch, in another process with as many threads (PJRT_NPROC sets how many). A table goes to stdout and, as its
+last line, one JSON object; progress to stderr.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from ml_collections import config_flags
 from raddino_jax import augment, flops, logs, masking, rival, sharding, train
 from raddino_jax import params as trees
 from raddino_jax.conversion import files, formats, huggingface
-from raddino_jax.data import pipeline
+from raddino_jax.data import encodings, pipeline
 
 GIB = 2**30
 HORIZON = 1000  # steps of the run whose schedules are used
@@ -386,6 +387,9 @@ def alone(config, what: str, images: int, real: bool, count: int, warm_up: int) 
         work = make[what]()
         timings = take_turns({"ours": ours(work)}, count, warm_up)
     row = _row(config, what, mesh, work, timings["ours"])
+    if what == "data":
+        logs.say("the same films in other encodings ...")
+        row["encodings"] = encodings.compare(config.data)
     return row | {"data": "real" if real or what == "data" else "cached"}, timings
 
 
@@ -412,6 +416,8 @@ def show(row: dict, timings: dict[str, Timing]) -> None:
     for name, timing in timings.items():
         low, high = min(timing.seconds), max(timing.seconds)
         print(f"{name:8s} median {timing.median:.4f} s  (from {low:.4f} to {high:.4f}, {len(timing.seconds)} times)")
+    if "encodings" in row:
+        print(encodings.show(row["encodings"]))
     for name, value in row.items():
         print(f"{name:22s} {value:,.4g}" if isinstance(value, float) else f"{name:22s} {value}")
     print(json.dumps(row))

@@ -40,6 +40,7 @@ def test_reading_the_real_sources_is_timed_with_the_wait_for_them():
     assert row["data"] == "real" and 0 < row["data_wait_fraction"] < 1
     row, _ = bench.alone(config, "data", images=4, real=True, count=2, warm_up=1)
     assert row["what"] == "data" and row["images_per_second"] > 0
+    assert row["encodings"][0]["of_raw"] == 1.0 and len(row["encodings"]) >= 4
 
 
 def test_rivals_take_turns_and_the_warm_up_does_not_count():
