@@ -525,7 +525,8 @@ def test_train_step_targets(path):
     objective = step.objective
     where, weight = masked_tokens(masks, objective.group_size, objective.masked_budget)
     temperature = step.schedules.at(index)["teacher_temp"]
-    taught, _ = jax.jit(objective.teach)(state.teacher, state.centres, views, where, weight, temperature)
+    seen = jax.jit(objective.look)(state.teacher, {"views": views, "index": where})
+    taught, _ = jax.jit(objective.centre)(seen, weight, state.teacher, state.centres, temperature)
     n = golden["in/n_masked"].item()
 
     def swapped(x):
@@ -560,7 +561,8 @@ def test_train_step_student_features(path):
     golden, step, state, views, masks, _ = one_step(path)
     objective = step.objective
     where, _ = masked_tokens(masks, objective.group_size, objective.masked_budget)
-    crops = jax.jit(objective.study)(state.student, views, masks, where, jax.random.key(0))
+    given = {"views": views, "masks": masks, "index": where, "groups": jnp.arange(len(where))}
+    crops = jax.jit(objective.study)(state.student, given, jax.random.key(0))
     n = golden["in/n_masked"].item()
     crop_major = lambda x: np.asarray(x).swapaxes(0, 1).reshape(-1, x.shape[-1])  # noqa: E731
     found = {
