@@ -42,21 +42,29 @@ class Metrics:
 
     def __init__(self, workdir: Path, start: int = 0):
         """start: steps already finished; later lines, of a run that was killed, are taken out."""
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter: that writes in a thread, whose death on a full disk leaves this one waiting for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
         self.path = Path(workdir) / "metrics.jsonl"
         _keep_until(self.path, start)
         self.file = self.path.open("a")
-        self.events = SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
+        self.events, self.event = EventsWriter(str(self.path.with_name("events"))), event_pb2.Event
+        if start:
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # viewers drop later steps of before
+            self.events.write_event(self.event(wall_time=time.time(), step=start + 1, session_log=restart))
 
     def write(self, step: int, values: dict) -> None:
         """Append one line; it is on disk when this returns."""
         self.file.write(json.dumps({"step": step} | values) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+        event = self.event(wall_time=time.time(), step=step)
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self.events.add_scalar(name, value, step)
+                event.summary.value.add(tag=name, simple_value=value)
+        self.events.write_event(event)
+        self.events.flush()
 
     def close(self) -> None:
         self.file.close()

@@ -404,7 +404,7 @@ def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat 
             _show_finished(workdir, start)
         else:
             _train(config, Path(workdir), sources, steps, start, saved, devices, observe, beat)
-    except checkpoints.CheckpointError:
+    except (checkpoints.CheckpointError, OSError):
         raise  # what cannot be written now cannot be waited for either
     except BaseException:
         saved.close()

@@ -13,7 +13,7 @@ from raddino_jax import logs
 ROOT = Path(__file__).resolve().parent.parent
 # The quickstart, as small as it goes; everything random stays on.
 TINY = [
-    "--config=configs/quickstart.py", "--config.batch_size=16", "--config.group_size=2", "--config.koleo_group=8",
+    f"--config={ROOT / 'configs' / 'quickstart.py'}", "--config.batch_size=16", "--config.group_size=2", "--config.koleo_group=8",
     "--config.model.width=32", "--config.model.depth=1", "--config.model.heads=2", "--config.model.patch_size=8",
     "--config.model.image_size=32", "--config.views.global_size=32", "--config.views.local_size=16",
     "--config.views.local_crops=1", "--config.head.prototypes=64", "--config.head.bottleneck=16",
@@ -25,14 +25,14 @@ TINY = [
 class Run:
     """`processes` x `devices` running one command in `workdir`; what each says is in out(i) and err(i)."""
 
-    def __init__(self, workdir: Path, *more: str, processes: int = 1, devices: int = 1, program: str = "", before=()):
-        """program: Python that calls main.cli() itself; before: words in front of the command."""
-        self.workdir, port = Path(workdir), _free_port()
+    def __init__(self, workdir: Path, *more: str, processes: int = 1, devices: int = 1, program: str = "", called: str = ""):
+        """program: Python that calls main.cli() itself; called: the name of the files that hold what it says."""
+        self.workdir, self.called, port = Path(workdir), called or Path(workdir).name, _free_port()
         code = ["-c", program] if program else ["-m", "raddino_jax.main"]
         self.processes = []
         for i in range(processes):
             several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
-            words = [*before, sys.executable, *code, f"--workdir={workdir}", *TINY, *more]
+            words = [sys.executable, *code, f"--workdir={workdir}", *TINY, *more]
             environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)}
             if devices == 1:
                 del environment["JAX_NUM_CPU_DEVICES"]
@@ -43,7 +43,7 @@ class Run:
                 ))
 
     def _file(self, stream: str, i: int) -> Path:
-        return Path(f"{self.workdir}.{stream}{i}")
+        return self.workdir.with_name(f"{self.called}.{stream}{i}")
 
     def out(self, i: int = 0) -> str:
         return self._file("out", i).read_text()
