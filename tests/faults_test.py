@@ -16,6 +16,9 @@ from PIL import Image
 
 from raddino_jax import checkpoints, heartbeat, starts
 
+# Real processes, killed and frozen: minutes, and not to be run beside other work.
+pytestmark = pytest.mark.slow
+
 LONG = "--config.steps=100000"
 
 

@@ -17,6 +17,9 @@ from cluster import ROOT, TINY, Run, rows, saved
 
 from raddino_jax import logs
 
+# Real processes, killed and frozen: minutes, and not to be run beside other work.
+pytestmark = pytest.mark.slow
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.name != "venv.sh")
 

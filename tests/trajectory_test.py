@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from cluster import Run, rows, saved
 
+# Real processes, killed and frozen: minutes, and not to be run beside other work.
+pytestmark = pytest.mark.slow
+
 # (processes, devices of each, fsdp)
 ALONE, SEVERAL = (1, 1, 1), (2, 2, 2)
 OTHERS = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (1, 8, 2), (2, 4, 4), (4, 2, 4), (2, 1, 2), (4, 1, 1)]
