@@ -53,8 +53,13 @@ def main(_) -> None:
     except MENDABLE as error:
         _refuse(error)
         _end(beats, error, 2)
-    except (FloatingPointError, checkpoints.CheckpointError) as error:
+    except FloatingPointError as error:
         logs.say(f"raddino_jax: {error}")
+        _end(beats, error, 1)
+    except checkpoints.CheckpointError as error:
+        if beats is not None:
+            beats.suspect()  # a peer that died while all were saving looks like this too
+        logs.say(f"raddino_jax: {error}", each=True)
         _end(beats, error, 1)
     except OSError as error:
         logs.say(f"raddino_jax: {error}: {starts.remedy(error)}. The newest checkpoint is untouched", each=True)

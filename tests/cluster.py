@@ -13,7 +13,8 @@ from raddino_jax import logs
 ROOT = Path(__file__).resolve().parent.parent
 # The quickstart, as small as it goes; everything random stays on.
 TINY = [
-    f"--config={ROOT / 'configs' / 'quickstart.py'}", "--config.batch_size=16", "--config.group_size=2", "--config.koleo_group=8",
+    f"--config={ROOT / 'configs' / 'quickstart.py'}",
+    "--config.batch_size=16", "--config.group_size=2", "--config.koleo_group=8",
     "--config.model.width=32", "--config.model.depth=1", "--config.model.heads=2", "--config.model.patch_size=8",
     "--config.model.image_size=32", "--config.views.global_size=32", "--config.views.local_size=16",
     "--config.views.local_crops=1", "--config.head.prototypes=64", "--config.head.bottleneck=16",
@@ -25,7 +26,7 @@ TINY = [
 class Run:
     """`processes` x `devices` running one command in `workdir`; what each says is in out(i) and err(i)."""
 
-    def __init__(self, workdir: Path, *more: str, processes: int = 1, devices: int = 1, program: str = "", called: str = ""):
+    def __init__(self, workdir: Path, *more: str, processes: int = 1, devices: int = 1, program="", called=""):
         """program: Python that calls main.cli() itself; called: the name of the files that hold what it says."""
         self.workdir, self.called, port = Path(workdir), called or Path(workdir).name, _free_port()
         code = ["-c", program] if program else ["-m", "raddino_jax.main"]

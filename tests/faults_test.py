@@ -92,8 +92,7 @@ def test_a_run_whose_newest_checkpoint_has_a_flipped_bit_goes_on_from_the_one_be
     assert 16 in saved(copied), "the step was saved again"
 
 
-def test_orbax_itself_does_not_see_a_flipped_bit_in_uncompressed_bytes_or_we_would_need_no_digests(copied):
-    """Every byte of a checkpoint counts: each one that is changed is seen."""
+def test_each_changed_bit_of_any_file_of_a_checkpoint_is_seen_and_named(copied):
     step = copied / "checkpoints" / "16"
     rng = random.Random(0)
     files = sorted(p for p in step.rglob("*") if p.is_file() and p.name not in checkpoints.NOT_DIGESTED)
