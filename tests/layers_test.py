@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "prepare": {"data"},
     "convert": {"conversion", "encoders", "checkpoints"},
     "evals": EVALS,
-    # These three lie below the tasks of evals/.
+    # These lie below the tasks of evals/.
     "evals.features": EVALS,
     "evals.scores": EVALS,
-    "evals.report_scores": {"evals.scores", *EVALS},
+    "evals.report_scores": {"evals.scores", "evals.chexbert", *EVALS},
+    "evals.chexbert": {"conversion", *EVALS},
     "encoders": {"preprocess", "workdirs", "conversion", "models", "params", "sharding"},
     "preprocess": {"conversion", "models", "data.images"},
     "workdirs": {"conversion", "models", "checkpoints", "params"},

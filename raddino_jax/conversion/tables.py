@@ -127,6 +127,25 @@ BIOMEDCLIP = [*_timm("visual.trunk.", "trunk/"), Rule("visual.head.proj.weight",
 # The encoder of MRM, named as timm and MAE name theirs.
 MRM = _timm()
 
+# chexbert.pth: BertModel of Hugging Face without its pooler, and a linear layer per class; "module." is taken off
+# first.
+_LAYER = "bert.encoder.layer.{i}"
+CHEXBERT = [
+    Rule("bert.embeddings.word_embeddings.weight", "bert/words"),
+    Rule("bert.embeddings.position_embeddings.weight", "bert/places"),
+    Rule("bert.embeddings.token_type_embeddings.weight", "bert/kinds"),
+    *_norm("bert.embeddings.LayerNorm", "bert/norm"),
+    *_fused(
+        tuple(f"{_LAYER}.attention.self.{name}" for name in ("query", "key", "value")), "bert/layers_{i}/attn/qkv"
+    ),
+    *_affine(f"{_LAYER}.attention.output.dense", "bert/layers_{i}/attn/proj"),
+    *_norm(f"{_LAYER}.attention.output.LayerNorm", "bert/layers_{i}/norm1"),
+    *_affine(f"{_LAYER}.intermediate.dense", "bert/layers_{i}/fc1"),
+    *_affine(f"{_LAYER}.output.dense", "bert/layers_{i}/fc2"),
+    *_norm(f"{_LAYER}.output.LayerNorm", "bert/layers_{i}/norm2"),
+    *_affine("linear_heads.{i}", "heads_{i}"),
+]
+
 
 def _resnet(theirs: str, ours: str) -> list[Rule]:
     """A torchvision ResNet with bottlenecks, without its classifier."""

@@ -5,16 +5,15 @@ indiana_projections.csv, images/images_normalized/*.png. Only the latter says wh
 the XML files, its projections are used with them. Removed names stand as XXXX in the texts.
 """
 
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from raddino_jax.data.datasets import manifest
 from raddino_jax.data.datasets.manifest import Film, Manifest
+from raddino_jax.data.reports import TEXTS, read_xml
 
 LICENCE = "CC BY-NC-ND 4.0 (Open-i)"
 OBTAIN = "https://openi.nlm.nih.gov/faq (NLMCXR_png.tgz and NLMCXR_reports.tgz, open)"
 
-TEXTS = ("indication", "comparison", "findings", "impression")
 
 
 def read(raw: Path) -> Manifest:
@@ -61,8 +60,6 @@ def _xml_reports(raw: Path) -> dict[str, tuple[dict, list[str]]]:
     """uid -> (texts, file names). Kaggle's table writes a file name with .dcm.png where Open-i's has .png."""
     found = {}
     for path in sorted((raw / "ecgen-radiology").glob("*.xml"), key=lambda path: (len(path.stem), path.stem)):
-        tree = ElementTree.parse(path).getroot()
-        texts = {text.get("Label", "").lower(): (text.text or "").strip() for text in tree.iter("AbstractText")}
-        names = [f"{image.get('id')}.png" for image in tree.iter("parentImage")]
-        found[path.stem] = ({kind: texts.get(kind, "") for kind in TEXTS}, names)
+        texts, films = read_xml(path)
+        found[path.stem] = texts, [f"{film}.png" for film in films]
     return found
