@@ -81,7 +81,7 @@ def _run(pulse: heartbeat.Pulse, beats: heartbeat.Heartbeat | None) -> None:
             raise train.ConfigError(f"task {task!r} (config.task, config.then) must be one of {', '.join(TASKS)}")
     here = starts.Workdir(workdir)
     if config.task in ON_A_RUN:
-        _need_run(workdir)
+        _need_run(config, workdir)
     else:
         here.enter()
         here.settle(config, train.config_differences, _FORCE.value)
@@ -115,8 +115,9 @@ def _config_name() -> str:
     return Path(given.partition(":")[0]).stem or "run"
 
 
-def _need_run(workdir: Path) -> None:
-    if not (workdir / "config.json").exists():
+def _need_run(config, workdir: Path) -> None:
+    named = config.get("encoder") or config.get("runs")  # then the workdir is where the pictures go
+    if not named and not (workdir / "config.json").exists():
         raise train.ConfigError(f"{workdir} holds no run (no config.json); name one with --workdir")
 
 

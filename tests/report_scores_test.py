@@ -19,6 +19,7 @@ PAIRS = {  # reference, generated
     "disjoint": (FULL, "xylophone quartz vivid"),
     "partial": (FULL, "The heart is normal in size. No pneumothorax or pleural effusion."),
     "short": ("Clear lungs.", "Lungs clear."),
+    "same stems": ("Effusions improved.", "Effusion improving."),  # no stemmer is used
     "long": (FULL * 3, FULL + " Bibasilar atelectasis."),
 }
 REFERENCES, CANDIDATES = (list(texts) for texts in zip(*PAIRS.values(), strict=True))
@@ -90,7 +91,7 @@ def test_macro_f1_of_resamples_is_sklearns():
 
 
 def test_strata_are_scored_apart_and_the_worst_is_named():
-    group = ["a", "b", "a", "b", "a", "a", ""]
+    group = ["a", "b", "a", "b", "a", "a", "", ""]
     about = dict(dataset="x", data="synthetic")
     rows = report_scores.score(REFERENCES, CANDIDATES, strata={"sex": group}, resamples=30, **about)
     inside = [i for i, g in enumerate(group) if g == "b"]
