@@ -16,7 +16,7 @@ from raddino_jax import encoders, preprocess
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.data import synthetic
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import curves, figures, maps, picture
+from raddino_jax.evals import curves, figures, maps, overlays, picture
 from raddino_jax.models.clip import CLIPViT
 from raddino_jax.models.vit import ViT
 
@@ -199,10 +199,13 @@ def test_scores_over_a_field_of_the_configs(tmp_path):
 
 
 def test_scores_over_a_field_of_the_rows_and_over_words(tmp_path):
-    shots = [result("linear", value=v, metric="dice", cases=n) for n, v in [(1, 0.5), (100, 0.9), (10, 0.7)]]
+    shots = [
+        result("vit", value=v, metric="dice", films=n, head="linear", seed=seed)
+        for n, v, seed in [(1, 0.4, 0), (1, 0.6, 1), (1, 0.55, [0, 1]), (100, 0.9, 0), (10, 0.7, 0)]
+    ] + [result("vit", value=0.0, metric="dice", films=1, head="linear", stratum="sex=F")]
     workdir(tmp_path / "shots", shots)
-    one = curves.over([str(tmp_path / "shots")], "cases")
-    assert drawn(one) == {"linear": [(1, 0.5), (10, 0.7), (100, 0.9)]}
+    one = curves.over([str(tmp_path / "shots")], "films")
+    assert drawn(one) == {"linear on vit": [(1, 0.5), (10, 0.7), (100, 0.9)]}
     assert one.figure.axes[0].get_xscale() == "log" and one.figure.axes[0].get_ylabel() == "Dice"
     workdir(tmp_path / "words", [result(size="small", value=0.1), result(size="large", value=0.2)])
     words = curves.over([str(tmp_path / "words")], "size")
@@ -226,8 +229,10 @@ def test_bars_are_the_rows_and_their_intervals(tmp_path):
     heights = [bar.get_height() for bars in one.figure.axes[0].containers for bar in getattr(bars, "patches", ())]
     assert heights == [0.5, 0.6, 0.3] == [row["value"] for row in one.numbers]
     assert "above pixels at 0.300" not in one.sentence and "not told apart from pixels" in one.sentence
-    (dice,) = curves.results(workdir(tmp_path / "seg", [result("linear", "lungs", 0.9, "dice")]))
+    segmented = [result("none", "lungs", 0.9, "dice", head="unet"), result("x", "lungs", 0.8, "dice", head="linear")]
+    (dice,) = curves.results(workdir(tmp_path / "seg", segmented))
     assert dice.title.startswith("Dice per class")
+    assert dice.figure.axes[0].get_legend_handles_labels()[1] == ["unet", "linear on x"]
     assert curves.results(tmp_path / "none") == []
 
 
@@ -236,6 +241,40 @@ def test_a_downstream_task_has_its_curves_too():
     (one,) = curves.training(rows, {"task": "segment"})
     assert list(one.numbers[0]) == ["step", "loss", "val_loss", "dice"] and len(one.figure.axes) == 2
     assert curves.training([], {"task": "segment"}) == []
+
+
+# --- masks over films -----------------------------------------------------------------------------------------
+
+
+def test_outlines_are_the_rims_of_the_masks():
+    film = np.full((12, 16), 90, np.uint8)
+    predicted, truth = np.zeros((2, 1, 12, 16), bool)
+    predicted[0, 3:8, 4:9] = True
+    truth[0, 0:8, 0:9] = True  # at the edge of the film
+    picture = overlays.outlined(film, predicted, truth)
+    red, green = ((picture == colour).all(-1) for colour in (overlays.PREDICTED, overlays.TRUTH))
+    rim = np.zeros((12, 16), bool)
+    rim[3:8, 4:9], rim[4:7, 5:8] = True, False
+    np.testing.assert_array_equal(red, rim)
+    assert green[0, :9].all() and green[:8, 0].all() and not green[3, 3] and green[7, 1]
+    assert (picture[9:] == 90).all() and (overlays.outlined(film, predicted) == 90).all(-1).sum() == 12 * 16 - rim.sum()
+
+
+def test_the_segmented_films_of_a_run_with_their_dice(tmp_path):
+    film, predicted = np.full((20, 30), 9, np.uint8), np.ones((1, 20, 30), bool)
+    for i in range(3):
+        overlays.save(tmp_path / "overlays" / f"film{i}.png", film, predicted)
+    lines = ["id,patient,encoder,structure,dice", "film0.png,p,teacher,left,0.5", "film0.png,p,teacher,right,0.7",
+             "film0.png,p,mean mask,left,0.1", "film1.png,p,teacher,left,"]
+    (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
+    one = overlays.gallery(tmp_path)
+    assert [axis.get_title() for axis in one.figure.axes] == ["film 1   Dice 0.60", "film 2", "film 3"]
+    assert one.numbers == [
+        dict(film=1, structure="left", dice=0.5), dict(film=1, structure="right", dice=0.7),
+        dict(film=2, structure="left", dice=None),
+    ]
+    assert Image.open(tmp_path / "overlays" / "film0.png").size == (30, 20)
+    assert overlays.gallery(tmp_path / "none") is None
 
 
 # --- the task -------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def results(workdir: Path) -> list[Picture]:
     # Only one setting of each encoder: the first in the file, which is the task's main one.
     by = {}
     for row in rows:
-        by.setdefault((row["encoder"], row["class"]), row)
+        by.setdefault((_name(row), row["class"]), row)
     encoders = list(dict.fromkeys(encoder for encoder, _ in by))
     classes = list(dict.fromkeys(name for _, name in by))
     figure, axes = panels(1, 1, 1.3 * len(classes) + 2, 3.2)
@@ -109,15 +109,22 @@ def results(workdir: Path) -> list[Picture]:
     axis.set_ylabel(METRICS[metric])
     axis.legend(frameon=False, fontsize=8)
     sentence = _comparison(by) if ("teacher", "macro") in by else "Bars: means; whiskers: 95 % intervals."
-    columns = ("encoder", "class", "metric", "value", "std", "n")
-    title = f"{METRICS[metric].capitalize()} per class ({rows[0]['data']} films)"
-    return [Picture("results", title, sentence, figure, [{k: row[k] for k in columns} for row in by.values()])]
+    columns = ("encoder", "head", "class", "metric", "value", "std", "n")
+    title = f"{METRICS[metric][0].upper() + METRICS[metric][1:]} per class ({rows[0]['data']} films)"
+    return [Picture("results", title, sentence, figure,
+                    [{k: row[k] for k in columns if k in row} for row in by.values()])]
 
 
 def read_results(workdir: Path) -> list[dict]:
     """The rows of a workdir's results.json that have a value, [] where it has none."""
     path = workdir / "results.json"
     return [row for row in json.loads(path.read_text()) if row["value"] is not None] if path.exists() else []
+
+
+def _name(row: dict) -> str:
+    """An encoder, and the head on it where there are several kinds."""
+    head = row.get("head", "none")
+    return row["encoder"] if head == "none" else f"{head} on {row['encoder']}" if row["encoder"] != "none" else head
 
 
 def _whisker(row: dict) -> tuple[float, float]:
@@ -156,7 +163,7 @@ def over(
 ) -> Picture:
     """A score of several workdirs over a field of their rows or configs: sizes of data, resolutions, few-shot curves.
 
-    runs: workdirs, or patterns of them ("runs/size_*"). by: a field of the rows ("train_films"), or of config.json
+    runs: workdirs, or patterns of them ("runs/size_*"). by: a field of the rows ("films"), or of config.json
     ("data.fraction", "views.global_size"). metric: "" = the first known one. encoders: of the rows, () = all.
     Values at one place (seeds, runs) are averaged, and the whiskers are their standard deviation; a single one has its
     own interval. Raises DataError where there is nothing to draw.
@@ -165,7 +172,8 @@ def over(
     metric = metric or next((m for m in METRICS if any(row["metric"] == m for _, row, _ in points)), "")
     chosen = [
         (x, row, run) for x, row, run in points
-        if row["metric"] == metric and row["class"] in classes and (not encoders or row["encoder"] in encoders)
+        if row["metric"] == metric and row["class"] in classes and not row.get("stratum")
+        and (not encoders or row["encoder"] in encoders)
     ]
     if not chosen:
         found = sorted({f"{row['metric']} of {row['class']}" for _, row, _ in points})
@@ -201,15 +209,17 @@ def _curve(chosen: list[tuple], by: str, metric: str) -> Picture:
     places = sorted({x for x, *_ in chosen}) if numeric else list(dict.fromkeys(str(x) for x, *_ in chosen))
     figure, axes = panels(1, 1, 6.4, 3.8)
     axis, numbers = axes[0, 0], []
-    lines = list(dict.fromkeys((row["encoder"], row["class"]) for _, row, _ in chosen))
+    lines = list(dict.fromkeys((_name(row), row["class"]) for _, row, _ in chosen))
     for (encoder, name), colour in zip(lines, np.resize(COLOURS, len(lines)), strict=True):
         mine = [
             (x if numeric else str(x), row, run) for x, row, run in chosen
-            if (row["encoder"], row["class"]) == (encoder, name)
+            if (_name(row), row["class"]) == (encoder, name)
         ]
         at, means, reach = [], [], []
         for place in places:
             here = [row for x, row, _ in mine if x == place]
+            # Single seeds where the file has them, rather than what it says of all seeds together.
+            here = [row for row in here if not isinstance(row["seed"], list)] or here
             if here:
                 at.append(place)
                 means.append(np.mean([row["value"] for row in here]))

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from raddino_jax import encoders, logs
 from raddino_jax.data import images, pipeline
-from raddino_jax.evals import curves, maps
+from raddino_jax.evals import curves, maps, overlays
 from raddino_jax.evals.picture import Picture
 
 # What configs/figures.py sets; a run that ends with its figures takes these.
@@ -44,6 +44,9 @@ def run(config, workdir: Path) -> None:
 def _pictures(wanted, settings: dict, workdir: Path) -> Iterator[Picture]:
     yield from curves.training(logs.read_metrics(workdir), settings)
     yield from curves.results(workdir)
+    drawn = overlays.gallery(workdir)
+    if drawn is not None:
+        yield drawn
     if wanted.runs:
         yield curves.over(wanted.runs, wanted.by, wanted.metric, wanted.classes, wanted.encoders)
     if wanted.encoder or settings.get("task") == "pretrain":
@@ -52,7 +55,7 @@ def _pictures(wanted, settings: dict, workdir: Path) -> Iterator[Picture]:
 
 def _looks(wanted, settings: dict, workdir: Path) -> Iterator[Picture]:
     """What the encoder sees in films: those named, or some of the run's sources."""
-    films = read_films(wanted.films) if wanted.films else sample(ConfigDict(settings))
+    films = read_films(wanted.films) if wanted.films else sample(ConfigDict(settings), wanted.image_size)
     encoder = encoders.load(wanted.encoder or str(workdir), weights=wanted.weights)
     encoder = maps.at_size(encoder, wanted.image_size)
     attention = maps.attention(encoder, films[:4], wanted.layer, wanted.heads)
@@ -75,10 +78,11 @@ def read_films(paths) -> list[np.ndarray]:
     return films
 
 
-def sample(config: ConfigDict, count: int = FILMS) -> list[np.ndarray]:
-    """A few films of the run's sources, spread over the first of them."""
+def sample(config: ConfigDict, size: int = 0, count: int = FILMS) -> list[np.ndarray]:
+    """A few films of a run's sources, spread over the first of them; size: of their squares, 0 = as in training."""
     if "data" not in config:
         raise pipeline.DataError("films: name some, --config.films=\"('a.png','b.png')\"; the workdir has no run")
+    config.data.image_size = size or config.data.image_size
     source = pipeline.open_sources(config.data)[0]
     square = pipeline.square(config.data)
     return [square(source.film(int(i))) for i in np.linspace(0, len(source) - 1, min(count, len(source)))]

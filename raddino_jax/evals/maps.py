@@ -158,8 +158,8 @@ def attention(encoder, films: Sequence[np.ndarray], layer: int = -1, heads: Sequ
     names = [f"head_{head}" for head in range(maps.shape[1])]
     return Picture(
         "attention", f"What the class token attends to ({block})",
-        "Bright patches weigh most in the summary of the film (each map from its least to its most). A head that "
-        "lights up everywhere has not specialised; one that lights up on heart, lung borders or devices has.",
+        "Red patches weigh most in the summary of the film, blue ones least (each map from its least to its most). A "
+        "head that is red everywhere has not specialised; one that is red on heart, lung borders or devices has.",
         figure, numbers, {"maps": _table(encoder, films, np.moveaxis(maps, 1, -1), names)},
     )
 
@@ -191,8 +191,9 @@ def similarity(encoder, films: Sequence[np.ndarray], points: Sequence[tuple[floa
     names = [f"point_{i + 1}" for i in range(len(points))]
     return Picture(
         "similarity", "Where films look like a point",
-        "Each row: the cross marks a point of film 1; bright patches there and in the other films have similar "
-        "features, and the ring marks the most similar one. Good features find the same anatomy.",
+        "Each row: the cross marks a point of film 1. Red patches there and in the other films have the most similar "
+        "features, blue ones the least, one scale for the row; the ring marks the most similar patch. Good features "
+        "find the same anatomy.",
         figure, numbers, {"maps": _table(encoder, films, np.moveaxis(maps, 0, -1), names)},
     )
 
@@ -218,11 +219,11 @@ def components(encoder, films: Sequence[np.ndarray]) -> Picture:
 
 
 def overlay(axis, film: np.ndarray, values: np.ndarray, seen: Window, low=None, high=None) -> None:
-    """A map [h, w] over the square of a film that it belongs to, from dark (low) to bright (high)."""
+    """A map [h, w] over the square of a film that it belongs to, from blue (low) over green to red (high)."""
     axis.imshow(film, cmap="gray")
-    # Bicubic as in the paper; beyond the film's edge nothing is drawn.
-    frame = axis.get_xlim(), axis.get_ylim()
-    axis.imshow(values, cmap="inferno", alpha=0.6, extent=seen.extent, interpolation="bicubic", vmin=low, vmax=high)
+    # Hues, not brightness: white parts of a film would look like bright parts of a map. Bicubic as in the paper.
+    frame = axis.get_xlim(), axis.get_ylim()  # nothing is drawn beyond the film's edge
+    axis.imshow(values, cmap="turbo", alpha=0.5, extent=seen.extent, interpolation="bicubic", vmin=low, vmax=high)
     axis.set_xlim(*frame[0])
     axis.set_ylim(*frame[1])
 
