@@ -425,6 +425,7 @@ def show(row: dict, timings: dict[str, Timing]) -> None:
 
 def run(config, what: str, against: str, images: int, real: bool, count: int, warm_up: int, profile: str) -> None:
     """Time it and print; profile: a folder for a trace of one more turn's worth of everything."""
+    sharding.keep_memory()
     images = images or (2 if jax.devices()[0].platform == "cpu" else 40 * len(jax.devices()))
     trace = jax.profiler.trace(profile) if profile else contextlib.nullcontext()
     with trace:

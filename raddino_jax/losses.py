@@ -149,15 +149,16 @@ def _sweep(student, prototypes, teacher, temperature, budget, with_gradient):
             return (loss, grad_prototypes), None
         slope = (mass * jnp.exp(logits - norms) - target[:, :, None]) * (weight / temperature)[..., None, None]
         slope = jax.lax.optimization_barrier(slope.astype(z.dtype))  # made once, read by both products
-        grad_prototypes += jnp.einsum("rnsk,rnsb->rkb", slope, z, preferred_element_type=jnp.float32)
+        # [b, K]: the other way round would write a transposed copy of the slope first
+        grad_prototypes += jnp.einsum("rnsb,rnsk->rbk", z, slope, preferred_element_type=jnp.float32)
         return (loss, grad_prototypes), jnp.einsum("rnsk,kb->rnsb", slope, prototypes.astype(z.dtype))
 
-    grad = jnp.zeros((shards, *prototypes.shape)) if with_gradient else None
+    grad = jnp.zeros((shards, *prototypes.shape[::-1])) if with_gradient else None
     arrays = (student, teacher["rows"], teacher["weight"])
     (loss, grad), grad_student = _scan_chunks(
         body, (jnp.zeros(shards), grad), arrays, _chunks(budget, n, s, k)
     )
-    return loss.sum(), grad_student, None if grad is None else grad.sum(axis=0)
+    return loss.sum(), grad_student, None if grad is None else grad.sum(axis=0).T
 
 
 def _forward(student, prototypes, teacher, temperature, budget):

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from raddino_jax import checkpoints, encoders, heartbeat, hosts, logs, starts, train
+from raddino_jax import checkpoints, encoders, heartbeat, hosts, logs, sharding, starts, train
 from raddino_jax.data import labels, pipeline
 from raddino_jax.evals import figures, probe
 
@@ -45,6 +45,7 @@ def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)  # libraries log every save at length
     hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    sharding.keep_memory()
     pulse, beats = heartbeat.Pulse(), None
     if hosts.count() > 1:
         beats = heartbeat.Heartbeat(pulse, _SILENCE.value, _HANG.value, _TELL_EVERY.value)

@@ -128,7 +128,8 @@ def test_no_shard_ever_holds_more_logits_than_the_budget(budget):
         return losses.cross_entropy(student, prototypes, taught, 0.1, budget)
 
     trace = jax.make_jaxpr(jax.grad(step, argnums=(0, 1)))(student, prototypes, teacher["rows"])
-    logits = [shape for shape in _arrays(trace.jaxpr) if len(shape) > 2 and shape[-1] == K]
+    of_prototypes = (student.shape[-1], K)  # their gradient, [shards, b, K], is no logits
+    logits = [s for s in _arrays(trace.jaxpr) if len(s) > 2 and s[-1] == K and s[-2:] != of_prototypes]
     sizes = [int(np.prod(shape)) for shape in logits]
     assert sizes and max(sizes) <= shards * budget, logits
     assert max(sizes) > shards * budget / 2  # the budget is used, too

@@ -6,6 +6,7 @@ every backend the weights' gradient is accumulated and returned in float32, what
 Parameters are named and shaped as in flax's Dense and LayerNorm.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -27,10 +28,22 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, before: Callable[[Array], Array] | None = None, gamma: Array | None = None) -> Array:
+        """before: a cheap function of x whose value is made again in the backward pass instead of being kept.
+
+        gamma: LayerScale [features] on the output. It goes into kernel and bias: one pass over activations less each
+        way, and its own gradient needs no activations at all.
+        """
         kernel = self.param("kernel", nn.initializers.normal(STD), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return checkpoint_name(linear(x.astype(self.dtype), kernel, bias), LINEAR)
+        if gamma is not None:
+            kernel, bias = kernel * gamma, bias * gamma
+        run = linear
+        if before is not None:
+            run = jax.checkpoint(lambda x, *parameters: linear(before(x).astype(self.dtype), *parameters))
+        else:
+            x = x.astype(self.dtype)
+        return checkpoint_name(run(x, kernel, bias), LINEAR)
 
 
 class LayerNorm(nn.Module):
@@ -39,11 +52,15 @@ class LayerNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
     eps: float = EPS
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+        return self.rule(x.shape[-1])(x)
+
+    @nn.compact
+    def rule(self, width: int) -> Callable[[Array], Array]:
+        """The layer as a function, for `Dense(...)(x, before=...)`."""
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        return lambda x: layer_norm(x, scale, bias, self.eps).astype(self.dtype)
 
 
 @jax.custom_vjp

@@ -6,7 +6,7 @@ Letters: n crops, H W pixels, p patch side, h w patch rows and columns, N = h w 
 T = 1 + R + N tokens, D width, M x M the stored grid of position embeddings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import einops
 import flax.linen as nn
@@ -150,39 +150,43 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, attn_subset: Array | None = None, ffn_subset: Array | None = None):
-        norm1, norm2 = LayerNorm(self.dtype, name="norm1"), LayerNorm(self.dtype, name="norm2")
-        scale1, scale2 = (LayerScale(self.layerscale, name=f"ls{i}") for i in (1, 2))
+        width = x.shape[-1]
+        norm1, norm2 = (LayerNorm(self.dtype, name=f"norm{i}").rule(width) for i in (1, 2))
+        gamma1, gamma2 = (LayerScale(self.layerscale, name=f"ls{i}")(width) for i in (1, 2))
         attn = Attention(self.heads, self.attention, self.dtype, name="attn")
         ffn = FFN[self.ffn](self.dtype, name="mlp")
-        x = residual(x, lambda t: scale1(attn(norm1(t))), attn_subset)
-        return x, residual(x, lambda t: scale2(ffn(norm2(t))), ffn_subset)
+        x = residual(x, lambda t: attn(t, norm1, gamma1), attn_subset)
+        return x, residual(x, lambda t: ffn(t, norm2, gamma2), ffn_subset)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; one fused projection with rows [q | k | v], heads contiguous in each."""
+    """Multi-head self-attention; one fused projection with rows [q | k | v], heads contiguous in each.
+
+    norm: the LayerNorm before it, and gamma: the LayerScale [D] after it, both inside its projections (`Dense`).
+    """
 
     heads: int
     backend: str
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, norm: Callable, gamma: Array | None) -> Array:
         width = x.shape[-1]
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x, norm)
         q, k, v = einops.rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=self.heads)
         x = einops.rearrange(attention(q, k, v, self.backend), "n t h d -> n t (h d)")
-        return Dense(width, self.dtype, name="proj")(x)
+        return Dense(width, self.dtype, name="proj")(x, gamma=gamma)
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, linear; hidden width 4 D."""
+    """Linear, exact (erf) GELU, linear; hidden width 4 D. norm, gamma: as in `Attention`."""
 
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        hidden = Dense(4 * x.shape[-1], self.dtype, name="fc1")(x)
-        return Dense(x.shape[-1], self.dtype, name="fc2")(gelu(hidden))
+    def __call__(self, x: Array, norm: Callable, gamma: Array | None) -> Array:
+        hidden = Dense(4 * x.shape[-1], self.dtype, name="fc1")(x, norm)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(hidden, gelu, gamma)
 
 
 class SwiGLU(nn.Module):
@@ -191,25 +195,25 @@ class SwiGLU(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, norm: Callable, gamma: Array | None) -> Array:
         hidden = (int(4 * x.shape[-1] * 2 / 3) + 7) // 8 * 8
-        gate, value = jnp.split(Dense(2 * hidden, self.dtype, name="w12")(x), 2, -1)
-        return Dense(x.shape[-1], self.dtype, name="w3")(nn.silu(gate) * value)
+        gate, value = jnp.split(Dense(2 * hidden, self.dtype, name="w12")(x, norm), 2, -1)
+        return Dense(x.shape[-1], self.dtype, name="w3")(nn.silu(gate) * value, gamma=gamma)
 
 
 FFN = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel; the identity when the initial value is 0."""
+    """A learned factor [D] per channel, None (no such layer) when the initial value is 0."""
 
     initial: float
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, width: int) -> Array | None:
         if not self.initial:
-            return x
-        return x * self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],)).astype(x.dtype)
+            return None
+        return self.param("gamma", nn.initializers.constant(self.initial), (width,))
 
 
 def split(tokens: Array, registers: int) -> dict[str, Array]:
