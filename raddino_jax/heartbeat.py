@@ -158,7 +158,9 @@ class Heartbeat:
             self.peers[beat["process"]] = Peer(beat, now, old.moved if same else now)
 
     def _judge(self) -> None:
+        before = time.monotonic()
         while not self.over.wait(PERIOD / 2):
+            before = self._forgive(before)
             found = self.verdict or self.fault()
             if found and not self.over.is_set():
                 logs.say(
@@ -170,6 +172,16 @@ class Heartbeat:
             if time.monotonic() - self.told > self.tell_every:
                 self.told = time.monotonic()
                 self._tell()
+
+    def _forgive(self, before: float) -> float:
+        """Now, after giving the peers back the time in which this process itself stood still (a machine suspended)."""
+        now = time.monotonic()
+        lost = now - before - PERIOD
+        if lost > PERIOD:
+            self.answered = min(self.answered + lost, now)
+            for peer in list(self.peers.values()):
+                peer.heard, peer.moved = min(peer.heard + lost, now), min(peer.moved + lost, now)
+        return now
 
     def fault(self) -> str:
         """Why this process has to end because of another one; "" while all is well."""
