@@ -21,6 +21,8 @@ TINY = [
     "--config.head.hidden=32", "--config.data.image_size=40", "--config.data.synthetic_size=64", "--config.log_every=1",
     "--config.checkpoint_every=4", "--config.steps=20", "--config.then=()", "--config.eval_every=0",
 ]
+# Many compilations, few steps.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Run:
@@ -34,7 +36,7 @@ class Run:
         for i in range(processes):
             several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
             words = [sys.executable, *code, f"--workdir={workdir}", *TINY, *more]
-            environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)}
+            environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)}
             if devices == 1:
                 del environment["JAX_NUM_CPU_DEVICES"]
                 environment.pop("PJRT_NPROC", None)

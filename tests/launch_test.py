@@ -1,5 +1,6 @@
 """The launchers: what they start, what they pass on, what they say; slurm.sh against a real SLURM."""
 
+import copy
 import os
 import re
 import shlex
@@ -13,12 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import ROOT, TINY, Run, rows, saved
+from cluster import QUICK, ROOT, TINY, Run, rows, saved
 
 from raddino_jax import logs
-
-# Real processes, killed and frozen: minutes, and not to be run beside other work.
-pytestmark = pytest.mark.slow
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.name != "venv.sh")
@@ -38,11 +36,12 @@ def test_every_launcher_says_how_to_use_it(name):
 
 
 def local(processes, *words: str, logs_in: Path) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHON": sys.executable, "LOGS": str(logs_in)}
+    environment = os.environ | {"XLA_FLAGS": QUICK, "PYTHON": sys.executable, "LOGS": str(logs_in)}
     command = ["bash", str(LAUNCH / "local.sh"), str(processes), *words]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd="/")
 
 
+@pytest.mark.slow
 def test_local_runs_n_processes_and_passes_sigterm_on(tmp_path):
     workdir = tmp_path / "run"
     process = local(2, *TINY, "--config.steps=100000", f"--workdir={workdir}", logs_in=tmp_path)
@@ -56,6 +55,7 @@ def test_local_runs_n_processes_and_passes_sigterm_on(tmp_path):
     assert "2 x cpu of 2 processes" in err and f"step {saved(workdir)[-1]} is saved" in err
 
 
+@pytest.mark.slow
 def test_local_ends_with_the_code_of_a_run_that_is_refused_and_refuses_no_number(tmp_path):
     process = local(2, *TINY, "--config.group_size=3", f"--workdir={tmp_path / 'run'}", logs_in=tmp_path)
     _, err = process.communicate(timeout=240)
@@ -94,15 +94,58 @@ def jobset() -> dict:
     return yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
 
 
-def test_the_jobset_fits_its_published_schema(jobset):
-    """Models generated from the JobSet and Kubernetes schemas: what they do not know would be dropped."""
+def understood(manifest: dict) -> dict:
+    """The manifest through models generated from the published schemas of JobSet and Kubernetes.
+
+    Wrong types and missing fields are an error; names that the schemas do not know are dropped.
+    """
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
+    return strings(models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict())
+
+
+def test_the_jobset_fits_its_published_schema(jobset):
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
-    understood = models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict()
-    assert strings(understood) == strings(jobset)
-    wrong = jobset | {"spec": jobset["spec"] | {"replicatedJobs": [{"name": 3}]}}
-    with pytest.raises(ValueError):
-        models.JobsetV1alpha2JobSet.from_dict(wrong)
+    assert understood(jobset) == strings(jobset)
+
+
+def test_the_jobset_for_gpus_is_made_as_its_header_says_and_fits_the_schema_too(jobset):
+    lines = (LAUNCH / "gke_jobset.yaml").read_text().splitlines()
+    said = dict(found.groups() for line in lines if (found := re.match(r"#   (\w+) +(\S+: \S+)$", line)))
+    gpu = copy.deepcopy(jobset)
+    pod = gpu["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    pod["nodeSelector"] = yaml.safe_load(said["nodeSelector"])
+    number = yaml.safe_load(said["resources"])
+    pod["containers"][0]["resources"] = {"requests": number, "limits": number}
+    del gpu["metadata"]["annotations"]
+    assert list(number) == ["nvidia.com/gpu"] and "gke-accelerator" in str(pod["nodeSelector"])
+    assert understood(gpu) == strings(gpu)
+
+
+@pytest.mark.parametrize(
+    "place, key, value",
+    [
+        ((), "replicatedJob", []),
+        (("replicatedJobs", 0), "replica", 1),
+        (("replicatedJobs", 0, "template", "spec"), "completionmode", "Indexed"),
+        (("replicatedJobs", 0, "template", "spec"), "parallelism", "eight"),
+        (("replicatedJobs", 0, "template", "spec", "template", "spec"), "nodeselector", {}),
+        (("replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0), "name", None),
+        (("replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "ports", 0), "port", 1),
+        (("failurePolicy",), "maxRestarts", "often"),
+        (("network",), "enableDNSHostnames", "perhaps"),
+    ],
+)
+def test_a_wrong_jobset_does_not_fit_the_schema(jobset, place, key, value):
+    """The comparison above would pass anything if the models did."""
+    wrong = copy.deepcopy(jobset)
+    there = wrong["spec"]
+    for step in place:
+        there = there[step]
+    there[key] = value
+    try:
+        assert understood(wrong) != strings(wrong)
+    except ValueError:
+        pass
 
 
 def strings(tree):
@@ -156,7 +199,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
-SchedulerParameters=sched_interval=5,bf_interval=5
+SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
@@ -197,6 +240,8 @@ def slurm(tmp_path_factory):
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             time.sleep(2)
     yield environment, folder
+    subprocess.run(["scancel", "--user=root"], env=environment)  # a job outlives the daemon that started it
+    until(lambda: not subprocess.run(["squeue", "-h"], env=environment, capture_output=True).stdout, lambda: "", 90)
     for daemon in reversed(daemons):
         daemon.terminate()
     for daemon in daemons:
@@ -231,9 +276,9 @@ def test_a_slurm_job_that_is_preempted_or_out_of_time_saves_queues_again_and_end
     until(lambda: "idle" in subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, text=True).stdout,
           lambda: (folder / "daemons.log").read_text(), 60)
     workdir, log = tmp_path / "run", tmp_path / "job.log"
-    words = [*TINY, "--config.steps=3000", "--config.checkpoint_every=1000", "--config.log_every=1"]
+    words = [*TINY, "--config.steps=600", "--config.checkpoint_every=200", "--config.log_every=1"]
     # Both nodes are this machine: their names resolve nowhere, so the address of task 0 is given.
-    told = environment | {"PYTHON": sys.executable, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "XLA_FLAGS": ""}
+    told = environment | {"PYTHON": sys.executable, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "XLA_FLAGS": QUICK}
     submit = ["sbatch", "--parsable", f"--output={log}"]
     number = subprocess.run(
         [*submit, "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
