@@ -6,6 +6,7 @@ With --topology no such hardware is needed (extra `tpu`); without it the devices
 stdout and, as its last line, one JSON object; progress goes to stderr.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -40,6 +41,7 @@ KNOBS = [
     (lambda c: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
     (lambda c: True, "fewer images per chip, that is more chips"),
 ]
+
 
 def devices_of(topology: str) -> list[jax.Device]:
     """The devices of a named topology, which need not exist, or those at hand."""
@@ -161,12 +163,38 @@ def _size(shape: tuple[str, str]) -> int:
     return BYTES.get(kind, 4) * int(np.prod([int(d) for d in dims.split(",") if d]))
 
 
-def sweep(config) -> Iterator:
-    """Copies of a config over remat policies and logit budgets."""
-    for remat, budget in itertools.product(("full", "dots", "none"), (2**24, 2**26, 2**28)):
+def sweep(config, devices: int) -> Iterator:
+    """Copies of a config over images per chip (as they are, half, twice), remat policies and logit budgets.
+
+    The batch changes with the images per chip; sizes that its groups forbid are left out.
+    """
+    batches = [config.batch_size, config.batch_size // 2, config.batch_size * 2]
+    for batch, remat, budget in itertools.product(batches, ("full", "dots", "none"), (2**24, 2**26, 2**28)):
         changed = config.copy_and_resolve_references()
-        changed.model.remat, changed.loss.logits_budget = remat, budget
-        yield changed
+        changed.batch_size, changed.model.remat, changed.loss.logits_budget = batch, remat, budget
+        with contextlib.suppress(train.ConfigError):
+            train.check(changed, devices)
+            yield changed
+
+
+def frontier(rows: list[dict]) -> list[dict]:
+    """Of each number of images per chip and remat policy the row that needs least memory, the leanest first."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        key = (row["images_per_chip"], row["remat"])
+        if key not in best or row["peak_hbm_gib"] < best[key]["peak_hbm_gib"]:
+            best[key] = row
+    return sorted(best.values(), key=lambda row: row["peak_hbm_gib"])
+
+
+def show_frontier(rows: list[dict], write: Callable[[str], None] = print) -> None:
+    """The frontier of a sweep as a table, what needs least first."""
+    write("images per chip  remat  logits budget   GiB per chip  verdict")
+    for row in frontier(rows):
+        write(
+            f"{row['images_per_chip']:15g}  {row['remat']:5s}  {row['logits_budget']:13d}  "
+            f"{row['peak_hbm_gib']:13.1f}  {row['verdict']}"
+        )
 
 
 def show(row: dict, write: Callable[[str], None] = print) -> None:
@@ -182,21 +210,23 @@ def show(row: dict, write: Callable[[str], None] = print) -> None:
 
 def run(config, topology: str, swept: bool) -> None:
     """Plan one config, or its sweep; the table and, last, the JSON object go to stdout."""
-    configs = list(sweep(config)) if swept else [config]
+    configs = list(sweep(config, len(devices_of(topology)))) if swept else [config]
     rows = []
     for number, config in enumerate(configs, start=1):
         logs.say(f"compiling {number} of {len(configs)} for {topology or 'the devices at hand'} ...")
         rows.append(plan(config, topology)[0])
         show(rows[-1])
         print()
-    print(json.dumps(rows[0] if len(rows) == 1 else {"sweep": rows}))
+    if swept:
+        show_frontier(rows)
+    print(json.dumps({"sweep": rows} if swept else rows[0]))
 
 
 def cli() -> None:
     """Console entry: a config that cannot run is one message and exit code 2."""
     config = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/multicxr.py.")
     topology = flags.DEFINE_string("topology", "", "A TPU topology such as v5e:4x8; empty: the devices at hand.")
-    swept = flags.DEFINE_bool("sweep", False, "Compile remat policies x logit budgets and print the frontier.")
+    swept = flags.DEFINE_bool("sweep", False, "Compile images per chip x remat x logit budgets, print the frontier.")
     try:
         logging.set_verbosity(logging.ERROR)
         app.run(lambda _: run(config.value, topology.value, swept.value))

@@ -1,10 +1,12 @@
 """Planning on the devices at hand: the row, the verdict, the collectives of a compiled program."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 
-from configs import common, quickstart
+from configs import common, multicxr, quickstart
 from raddino_jax import plan
 
 TINY = (
@@ -40,6 +42,45 @@ def test_the_verdict_names_by_how_much_and_the_first_knob():
     assert plan._verdict(config, 20.0, chip) == "does not fit by 4.0 GiB per chip; first try model.remat=dots"
     config.model.remat = "full"
     assert "logits_budget" in plan._verdict(config, 20.0, chip)
+
+
+def test_a_sweep_leaves_out_what_cannot_run_and_its_frontier_what_needs_more():
+    config = common.apply(quickstart.get_config(), TINY, {})
+    found = list(plan.sweep(config, 8))
+    assert {c.batch_size for c in found} == {16, 32}  # 8 films are four groups, too few for eight devices
+    assert len(found) == 2 * 3 * 3 and {c.model.remat for c in found} == {"full", "dots", "none"}
+    rows = [
+        dict(images_per_chip=n, remat=remat, logits_budget=budget, peak_hbm_gib=gib, verdict="fits")
+        for n, remat, budget, gib in [
+            (2, "full", 1, 5.0), (2, "full", 2, 4.0), (2, "none", 1, 9.0), (4, "full", 1, 7.0),
+        ]
+    ]
+    assert [row["peak_hbm_gib"] for row in plan.frontier(rows)] == [4.0, 7.0, 9.0]
+    lines = []
+    plan.show_frontier(rows, lines.append)
+    assert len(lines) == 4 and "4.0" in lines[1]
+
+
+def _shapes(text):
+    """(type, dimensions) of every array that a compiled program names."""
+    for kind, dims in set(re.findall(r"\b(f32|bf16)\[([\d,]+)\]", text)):
+        yield kind, tuple(int(d) for d in dims.split(","))
+
+
+@pytest.mark.slow
+def test_the_compiled_step_of_the_papers_run_holds_no_logits_and_updates_in_one_pass():
+    pytest.importorskip("libtpu", reason="planning for a TPU needs the extra tpu")
+    config = common.apply(multicxr.get_config(), "model.remat=full", {})
+    row, text = plan.plan(config, "v5e:4x8")
+    assert row["fits"] and row["peak_hbm_gib"] <= 10
+    k, budget = config.head.prototypes, config.loss.logits_budget
+    with_prototypes = [np.prod(dims) for _, dims in _shapes(text) if k in dims]
+    assert with_prototypes and max(with_prototypes) <= budget  # 8,340 masked tokens a chip would be eight times as many
+    # Weights, both moments and the teacher of a layer leave one fusion, and no other makes them.
+    of_layer = r"f32\[768,3072\]\S*"
+    fused = re.findall(rf"= \((?:[^=]*?{of_layer}){{4}}[^=]*?\) fusion\(", text)
+    assert len(fused) >= 12, len(fused)
+    assert not re.search(r"is_host_transfer=true|infeed\(|outfeed\(|\bsend\(|\brecv\(", text)
 
 
 def test_what_the_compiler_refuses_becomes_a_verdict_and_other_errors_stay_errors():
