@@ -28,6 +28,7 @@ from raddino_jax.conversion.sources import Source
 from raddino_jax.models.attention import BACKENDS
 from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.heads import DINOHead
+from raddino_jax.models.ops import LayerNorm
 from raddino_jax.models.resnet import BioViLT
 from raddino_jax.models.vit import VARIANTS, ViT
 from raddino_jax.preprocess import fold_grey, square
@@ -176,6 +177,31 @@ class Encoder:
     def stages(self, batch: np.ndarray) -> dict[str, Array]:
         """Every intermediate by the name that the network gives it."""
         return self._run(self._staged, batch)
+
+    def layers(self, batch: np.ndarray, count: int = 4) -> Array:
+        """Patch features [n, count, h, w, D] of several depths; see `maps`."""
+        return self._run(jax.jit(lambda params, x: {"maps": self.maps(params, x, count)}), batch)["maps"]
+
+    def maps(self, params: dict, batch: Array, count: int = 4) -> Array:
+        """The same to be traced: float32 [n, count, h, w, D] after blocks spread evenly, the last block last.
+
+        Of 12 blocks and count 4: the 3rd, 6th, 9th and 12th, each under the final norm, as far as the network has one
+        for its patches. count 1 is "patches". Raises ValueError for networks that are not made of blocks.
+        """
+        if count == 1:
+            return self._features(params, batch)["patches"][:, None]
+        trunk, own = self.network, params
+        if isinstance(trunk, Projected):
+            trunk, own = trunk.trunk, params["trunk"]
+        if not hasattr(trunk, "depth"):
+            raise ValueError(f"{self.name} has no blocks, of which {count} could be read; only its last features")
+        out = self.network.apply({"params": params}, batch)
+        tokens = jnp.stack([out[f"blocks_{-(-(k + 1) * trunk.depth // count) - 1}"] for k in range(count)], axis=1)
+        if isinstance(trunk, ViT):
+            tokens = LayerNorm(trunk.dtype).apply({"params": own["norm"]}, tokens)
+        grid = [side // self.patch_size for side in batch.shape[1:3]]
+        patches = tokens[:, :, tokens.shape[2] - grid[0] * grid[1] :].astype(jnp.float32)
+        return patches.reshape(*patches.shape[:2], *grid, -1)
 
     def _run(self, compiled, batch: np.ndarray) -> dict[str, Array]:
         n = len(batch)

@@ -1,0 +1,78 @@
+"""task=predict: the masks of a folder of films, by a finished run of task=segment.
+
+Written: masks/NAME.png of the film's size, overlays/NAME.png, rejects.csv, and structures.json with the value of each
+structure in the masks, the one that it had in the masks that were learned from, else 1, 2, ... Where structures overlap
+the later one is written over the earlier, unless `config.separate` asks for a picture each (NAME-STRUCTURE.png, 255).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from raddino_jax import checkpoints, logs
+from raddino_jax.data import cases, images, pipeline
+from raddino_jax.evals import fit, frames, heads, overlays, segment
+
+
+def run(config, workdir: Path) -> None:
+    """Predict every film below `config.images` into `config.out`, by default predictions/ of the workdir.
+
+    Raises DataError where the workdir holds no finished head or the folder no film.
+    """
+    workdir = Path(workdir)
+    trained = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    if trained.get("task") != "segment":
+        raise cases.CaseError(f"{workdir} is no run of task=segment, but of task={trained.get('task')!r}")
+    part = workdir / config.part
+    variables, rules = load(part), json.loads((workdir / "structures.json").read_text())
+    head = heads.build(trained, len(rules))
+    films = pipeline.Folder(config.images, image_size=0)
+    out = Path(config.out or workdir / "predictions")
+    for folder in ("masks", "overlays"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    logs.write_whole(out / "structures.json", json.dumps(rules, indent=1) + "\n")
+    rejects = []
+    for path in films.files:
+        name = path.relative_to(films.root).with_suffix("").as_posix().replace("/", "-")
+        try:
+            film = images.read(path)
+        except images.ImageError as error:
+            rejects.append(f'{path.relative_to(films.root)},"{error}"\n')
+            continue
+        predicted = of_film(head, variables, film, trained.fit)
+        _write(out, name, film, predicted, rules, config.separate)
+    logs.write_whole(out / "rejects.csv", "file,reason\n" + "".join(rejects))
+    logs.say(f"predict: {len(films.files) - len(rejects)} films in {out}, {len(rejects)} could not be read")
+
+
+def load(workdir: Path) -> dict:
+    """The best variables of a finished run. Raises CaseError where there are none."""
+    try:
+        return checkpoints.load_arrays(workdir, "teacher")
+    except FileNotFoundError as error:
+        raise cases.CaseError(
+            f"{error}: run task=segment there first; of a curve, config.part names one of its folders"
+        ) from None
+
+
+def of_film(head: heads.Head, variables: dict, film: np.ndarray, how: str) -> np.ndarray:
+    """bool [C, H, W] of a film uint8 [H, W]."""
+    levels, frame = frames.framed(film, head.settings, how)
+    predict = segment.predictor(head, variables, fit.Films(levels[None], np.zeros((1, 0, 0, 0), np.uint8)), 1)
+    return frames.over_film(predict(np.array([0]))[0], frame, film.shape) > 0
+
+
+def _write(out: Path, name: str, film: np.ndarray, predicted: np.ndarray, rules: dict, separate: bool) -> None:
+    overlays.save(out / "overlays" / f"{name}.png", film, predicted)
+    if separate:
+        for structure, mask in zip(rules, predicted, strict=True):
+            path = out / "masks" / f"{name}-{structure.replace(' ', '_')}.png"
+            Image.fromarray(255 * mask.astype(np.uint8)).save(path)
+        return
+    values = np.zeros(film.shape, np.uint8)
+    for value, mask in zip(rules.values(), predicted, strict=True):
+        values[mask] = value
+    Image.fromarray(values).save(out / "masks" / f"{name}.png")

@@ -1,0 +1,317 @@
+"""task=segment from one end to the other on small films: heads, rows, curves, kills and resumptions, predictions."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import predict as predict_config
+from configs import segment as segment_config
+from raddino_jax import encoders, logs
+from raddino_jax.conversion.huggingface import Preprocess
+from raddino_jax.data.cases import CaseError
+from raddino_jax.evals import dice, fit, heads, predict, segment
+from raddino_jax.models.clip import CLIPViT, Projected
+from raddino_jax.models.resnet import BioViLT
+from raddino_jax.models.vit import ViT
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 32
+
+
+def vit(**fields):
+    return ViT(**(dict(width=16, depth=4, heads=2, patch_size=8, image_size=SIZE, layerscale=1.0) | fields))
+
+
+def encoder(network=None, name="tiny", settings=None):
+    network = network or vit()
+    settings = settings or Preprocess(SIZE, SIZE, (0.5,), (0.25,))
+    return encoders.Encoder(name, network, encoders.random_params(network, settings.crop), settings)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(encoders, "load", lambda *_, **__: encoder())
+
+
+def config(arguments="head=unet", **fields) -> ConfigDict:
+    """The real config on 24 films of 32 pixels, with networks of a few channels."""
+    given = segment_config.get_config(f"small,dataset=synthetic,{arguments}")
+    given.data.update(films=24, image_size=48)
+    given.unet.filters = (4, 8)
+    given.update(image_size=SIZE, epochs=2, encoder="tiny", head_width=4, overlays=1, log_every=1)
+    given.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return given
+
+
+def start(given, workdir):
+    """As main does it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    logs.write_whole(workdir / "config.json", given.to_json())
+    segment.run(given, workdir)
+    path = workdir / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+# --- the encoder's layers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [vit(depth=12, registers=2), vit(depth=2)])
+def test_layers_are_the_blocks_under_the_final_norm(network):
+    one = encoder(network)
+    batch = one.preprocess([np.arange(48 * 40, dtype=np.uint32).reshape(48, 40).astype(np.uint8)])
+    found, stages = np.asarray(one.layers(batch)), one.stages(batch)
+    blocks = (2, 5, 8, 11) if network.depth == 12 else (0, 0, 1, 1)
+    for k, i in enumerate(blocks):
+        tokens = np.asarray(stages[f"blocks_{i}"])[0, 1 + network.registers :]
+        centred = tokens - tokens.mean(-1, keepdims=True)
+        expected = centred / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)  # fresh norms have scale 1 and bias 0
+        np.testing.assert_allclose(found[0, k].reshape(16, -1), expected, atol=1e-4)
+    np.testing.assert_allclose(found[:, -1], one(batch)["patches"], atol=1e-5)
+    np.testing.assert_array_equal(one.layers(batch, 1)[:, 0], one(batch)["patches"])
+
+
+def test_layers_of_other_networks():
+    clip = encoder(CLIPViT(16, 4, 2, patch_size=8, image_size=SIZE))
+    joined = encoder(Projected(vit(), 8))
+    for one in (clip, joined):
+        batch = one.preprocess([np.eye(40, dtype=np.uint8) * 200])
+        assert one.layers(batch).shape == (1, 4, 4, 4, 16)
+        np.testing.assert_allclose(one.layers(batch)[:, -1], one(batch)["patches"], atol=1e-5)
+    resnet = encoder(BioViLT((1, 1, 1, 1), 4, image_size=64), settings=Preprocess(64, 64, (0.5,), (0.25,)))
+    with pytest.raises(ValueError, match="has no blocks, of which 4 could be read"):
+        resnet.layers(np.zeros((1, 64, 64, 1), np.float32))
+
+
+# --- heads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    Preprocess(SIZE, SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)), Preprocess(40, SIZE, (100.0,), (80.0,), scale=255.0),
+    Preprocess(SIZE, SIZE, (0.5,), (0.25,), standardize=True),
+])  # fmt: skip
+def test_levels_reach_the_encoder_as_it_prepares_them(settings):
+    from raddino_jax.evals import frames
+
+    one = encoder(settings=settings)
+    film = np.random.default_rng(0).integers(0, 256, (50, 44), np.uint8)
+    head = heads.Head(heads.DECODERS["linear"](1), settings, one)
+    levels, _ = frames.framed(film, settings)
+    found = head.features(head.frozen, jnp.asarray(levels)[None])[:, 0]
+    np.testing.assert_allclose(found, one(one.preprocess([film]))["patches"], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", heads.HEADS)
+def test_every_head_answers_every_pixel(name, tiny):
+    given = config(f"head={name}", effunet__scale=(0.3, 0.3), effunet__decoder=(4, 4, 4, 4, 4))
+    head = heads.build(given, structures=3)
+    variables = head.init(jax.random.key(0))
+    levels = jnp.zeros((2, SIZE, SIZE), jnp.uint8)
+    logits = jax.jit(lambda: head.logits(variables, head.features(head.frozen, levels)))()
+    assert logits.shape == (2, SIZE, SIZE, 3) and logits.dtype == jnp.float32
+
+
+def test_an_encoder_may_see_larger_squares(tiny):
+    head = heads.build(config("head=linear", image_size=2 * SIZE), 1)
+    levels = jnp.zeros((1, 2 * SIZE, 2 * SIZE), jnp.uint8)
+    assert head.features(head.frozen, levels).shape == (1, 1, 8, 8, 16)
+    with pytest.raises(CaseError, match="image_size=36: tiny takes multiples of 8 pixels"):
+        heads.build(config("head=linear", image_size=36), 1)
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_encoder_without_augmentation_is_asked_once_per_film(tiny, monkeypatch, tmp_path):
+    """And learns what it would learn if it were asked in every step."""
+    losses = []
+    for featured in (True, False):
+        given = config("head=linear", augment=not featured, deformation__affine=0.0, deformation__intensity=0.0)
+        start(given, tmp_path / str(featured))
+        losses.append([row["loss"] for row in logs.read_metrics(tmp_path / str(featured))])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    task = segment.Task.open(config("head=linear", augment=False))
+    assert task.films.featured and task.films.inputs.shape == (24, 1, 4, 4, 16)
+    with pytest.raises(CaseError, match="take 0.0 GiB, config.features_gib allows 0"):
+        segment.Task.open(config("head=linear", augment=False, features_gib=0.0))
+
+
+def test_a_head_learns_and_is_told_apart_from_the_mean_mask(tmp_path):
+    """Bright discs at random places: the U-Net finds them, the mean of the training masks cannot."""
+    rng, rows = np.random.default_rng(0), [("file", "mask_file", "patient_id", "split", "ward")]
+    y, x = np.mgrid[:48, :40]
+    for i in range(30):
+        row, column = rng.integers(12, 36), rng.integers(10, 30)
+        disc = (y - row) ** 2 + (x - column) ** 2 < 64
+        film = (60 + 120 * disc + rng.normal(0, 10, disc.shape)).clip(0, 255).astype(np.uint8)
+        empty = i >= 28
+        for name, picture in (("film", film * 0 if empty else film), ("mask", 255 * disc * (not empty))):
+            Image.fromarray(np.asarray(picture, np.uint8)).save(tmp_path / f"{name}{i}.png")
+        split = "train" if i < 18 else "val" if i < 22 else "test"
+        rows.append((f"film{i}.png", f"mask{i}.png", f"p{i // 2}", split, "ABC"[i % 2]))
+    with (tmp_path / "films.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    given = config("head=unet", dataset="folder", data__csv=str(tmp_path / "films.csv"), structures=("disc>0",),
+                   epochs=30, lr=1e-2, strata=("ward",), fit="pad")
+    found = start(given, tmp_path / "run")
+    of = {(r["encoder"], r["metric"], r["class"], r.get("stratum", "")): r for r in found}
+    unet, mean = of["none", "dice", "macro", ""], of["mean mask", "dice", "macro", ""]
+    assert unet["value"] > 0.9 > 0.7 > mean["value"]
+    assert unet["n"] == 6 and unet["films"] == 18 and unet["data"] == "real" and unet["head"] == "unet"
+    assert unet["interval"][0] <= unet["value"] <= unet["interval"][1]
+    assert of["none", "dice_native", "macro", ""]["value"] > 0.85
+    assert of["none", "false_positive_rate", "disc", ""]["n"] == 2
+    wards = [of["none", "dice", "macro", f"ward={ward}"] for ward in "AB"]
+    assert sum(row["n"] * row["value"] for row in wards) == pytest.approx(6 * unet["value"])
+    lines = list(csv.DictReader((tmp_path / "run" / "cases.csv").open()))
+    assert len(lines) == 2 * 8
+    known = [float(line["dice"]) for line in lines if line["encoder"] == "none" and line["dice"]]
+    assert np.mean(known) == pytest.approx(unet["value"], abs=1e-5)
+    assert len(list((tmp_path / "run" / "overlays").glob("*.png"))) == 1
+    _predict(tmp_path)
+
+
+def _predict(tmp_path):
+    """Masks of films in a folder, among them one that is none."""
+    films = tmp_path / "films"
+    films.mkdir()
+    for i in (22, 23):
+        shutil.copy(tmp_path / f"film{i}.png", films)
+    (films / "page.png").write_text("<html>")
+    given = predict_config.get_config()
+    given.update(images=str(films), out=str(tmp_path / "out"))
+    predict.run(given, tmp_path / "run")
+    for i in (22, 23):
+        mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"film{i}.png"))
+        truth = np.asarray(Image.open(tmp_path / f"mask{i}.png"))
+        assert set(np.unique(mask)) == {0, 255} and mask.shape == truth.shape
+        assert dice.dice(mask[None] > 0, (truth[None] > 0).astype(np.uint8))[0] > 0.8
+        assert Image.open(tmp_path / "out" / "overlays" / f"film{i}.png").size == (40, 48)
+    assert "page.png" in (tmp_path / "out" / "rejects.csv").read_text()
+
+
+def test_the_same_run_gives_the_same_rows_and_a_finished_one_is_not_run_again(tmp_path, capsys):
+    first, second = (start(config(), tmp_path / name) for name in "ab")
+    assert first == second
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert start(config(), tmp_path / "a") == first
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
+    assert "mean mask" in capsys.readouterr().err
+
+
+def test_a_curve_over_numbers_of_films_and_seeds(tmp_path):
+    given = config(shots=(1, 4, 0, 100), seeds=2, epochs=1, min_steps=3)
+    found = start(given, tmp_path)
+    folders = sorted(p.name for p in tmp_path.glob("films_*"))
+    assert folders == [f"films_{n}_seed_{seed}" for n in (18, 1, 4) for seed in (0, 1)]
+    means = [r for r in found if isinstance(r["seed"], list) and r["metric"] == "dice" and r["class"] == "macro"]
+    assert sorted((r["encoder"], r["films"], r["folds"]) for r in means) == [
+        (name, n, 2) for name in ("mean mask", "none") for n in (1, 4, 18)
+    ]
+    of = {(r["encoder"], r["films"], r["seed"]): r["value"] for r in found
+          if r["metric"] == "dice" and r["class"] == "macro" and not isinstance(r["seed"], list)}
+    for row in means:
+        both = [of[row["encoder"], row["films"], seed] for seed in (0, 1)]
+        assert row["value"] == pytest.approx(np.mean(both)) and row["std"] == pytest.approx(np.std(both, ddof=1))
+    assert of["none", 4, 0] != of["none", 4, 1]
+    curve = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [row["films"] for row in curve] == sorted((row["films"] for row in curve), key=int)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("films_*/rows.json")}
+    (tmp_path / "results.json").unlink()
+    assert start(given, tmp_path) == found
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_the_best_state_counts_not_the_last(tmp_path, monkeypatch):
+    """Validation losses as given: the second of four is the lowest, and its state is what is judged."""
+    states, told = [], iter([0.9, 0.1, 0.5, 0.7])
+
+    def validation(validate, variables, *_):
+        states.append(jax.tree.map(np.asarray, variables))
+        return next(told)
+
+    monkeypatch.setattr(fit, "_validation", validation)
+    given = config(epochs=4, eval_every=3)  # 18 films in batches of 8: three steps an epoch
+    start(given, tmp_path)
+    best = predict.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, best, states[1])
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, best, states[3])
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower config.lr"):
+        start(config(lr=1e38), tmp_path)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(head="segformer"), "head='segformer' must be one of linear, vitdet, upernet, unet, effunet"),
+    (dict(dataset=""), "dataset is empty: lungs, zones"),
+    (dict(fit="squeeze"), "fit='squeeze' must be one of crop, pad, stretch"),
+    (dict(head="linear", encoder=""), "encoder is empty"),
+    (dict(epochs=0), "batch_size and epochs must be at least 1"),
+    (dict(shots=(-1,)), "shots are numbers of films"),
+])  # fmt: skip
+def test_configs_that_cannot_run_are_refused(fields, message, tmp_path):
+    with pytest.raises(CaseError, match=message):
+        start(config(**fields), tmp_path)
+
+
+def test_films_are_flipped_only_where_structures_have_no_sides():
+    given = config(structures=("effusion",))
+    assert segment.Task.open(given).config.deformation.flip == 0.5
+    for structures in (("right lung",), ("left rib 3", "effusion")):
+        assert segment.Task.open(config(structures=structures)).config.deformation.flip == 0.0
+    assert all(map(segment.SIDED.search, ("R1", "L10", "right upper lung zone")))
+    assert not any(map(segment.SIDED.search, ("lungs", "pneumothorax", "chest tube", "Rib", "copyright")))
+
+
+def test_predictions_need_a_run_of_this_task(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "pretrain"}))
+    with pytest.raises(CaseError, match="is no run of task=segment, but of task='pretrain'"):
+        predict.run(predict_config.get_config(), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    """kill -9 in a real process, twice: losses and rows of the resumed run are those of one that was left alone."""
+    arguments = [
+        "--config=configs/segment.py:small,head=unet,dataset=synthetic", "--config.data.films=24",
+        "--config.data.image_size=48", f"--config.image_size={SIZE}", "--config.unet.filters=(4,8)",
+        "--config.epochs=40", "--config.checkpoint_every=10", "--config.log_every=1", "--config.overlays=0",
+    ]
+    command = [sys.executable, "-m", "raddino_jax.main", *arguments]
+
+    def run(workdir, kill_at=0):
+        process = subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while kill_at and process.poll() is None:
+            steps = [row["step"] for row in logs.read_metrics(workdir)]
+            if steps and steps[-1] >= kill_at and list((workdir / "checkpoints").glob("[1-9]*")):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        said = process.communicate()[1]
+        assert process.returncode == (-signal.SIGKILL if kill_at else 0), said
+        return said
+
+    run(tmp_path / "whole")
+    run(tmp_path / "killed", kill_at=15)
+    run(tmp_path / "killed", kill_at=35)
+    assert "resumed from step" in run(tmp_path / "killed")
+    whole, killed = (
+        [(row["step"], row["loss"], row.get("val_loss")) for row in logs.read_metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert whole == killed and len(whole) == 120
+    rows = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
+    assert rows[0] == rows[1]
