@@ -57,7 +57,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         init_position=0.0,  # [D] 0: drawn; else the amplitude of sines and cosines that position embeddings start from
         drop_path=0.3,  # [D] [open]
         drop_path_uniform=True,  # [D] False: grows linearly with depth
-        remat="none",  # none, dots or full: what the backward pass recomputes
+        remat="auto",  # what the backward pass recomputes: none, dots (all but linear layers), full; auto: by memory
         attention="auto",  # auto: by backend
     ))
     config.head = ConfigDict(dict(

@@ -400,7 +400,7 @@ def _row(config, what, mesh, work: Work, timing: Timing) -> dict:
     return dict(
         what=what, device=device.device_kind, devices=mesh.size,
         batch_size=work.images, image_size=config.views.global_size, dtype=config.compute_dtype,
-        drop_path=config.model.drop_path, remat=config.model.remat,
+        drop_path=config.model.drop_path, remat=train.remat_of(config, mesh),
         threads=threads() if device.platform == "cpu" else None, images_per_second=rate,
         step_seconds=timing.median, step_seconds_range=[min(timing.seconds), max(timing.seconds)],
         count=len(timing.seconds), mfu=rate * work.flops / (chip.peak * 1e12 * mesh.size) if measured else None,

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of a config: what MFU is measured against.
+"""Analytic FLOPs of a config, what MFU is measured against, and an estimate of its memory.
 
 Conventions: one multiply-add is 2 FLOPs; only matrix products and attention count; a backward pass is twice its
 forward, once for the patch embedding, whose input needs no gradient; recomputation earns nothing. The compiler's own
@@ -80,3 +80,27 @@ def step(objective, global_size: int, local_size: int, local_crops: int) -> floa
     dino = head(objective.dino_head, width) * (2 + 3 * (2 + local_crops))
     ibot = head(objective.ibot_head or objective.dino_head, width) * masked * 4
     return teacher + student + dino + ibot
+
+
+# Arrays [tokens, width] in the compute type that a block keeps for the backward pass, by remat policy; fitted to what
+# `plan` reports for ViT-B on a TPU v5p. While one block is at work it needs what "none" keeps of it besides.
+KEPT = {"none": 15.0, "dots": 12.0, "full": 1.5}
+
+
+def memory(
+    objective, global_size: int, local_size: int, local_crops: int, images: float, remat: str, fsdp: int = 1
+) -> float:
+    """GiB that a training step of `images` films on one device should need, to choose a remat policy by.
+
+    Parameters, two moments, teacher and gradient in float32, spread over `fsdp` devices; what blocks keep; a handful
+    of chunks of prototype logits. An estimate: `plan` knows.
+    """
+    backbone, rates = objective.backbone, objective.drop_rates
+    student = jax.eval_shape(objective.init, jax.random.key(0))
+    state = 5 * 4 * sum(leaf.size for leaf in jax.tree.leaves(student)) / fsdp
+    sides = [(2, global_size), (local_crops, local_size)]
+    tokens = sum(n * ((side // backbone.patch_size) ** 2 + 1 + backbone.registers) for n, side in sides)
+    keep = 1 - sum(rates) / len(rates) if remat != "full" else 1.0  # the stream itself is kept whole
+    rows = images * tokens * backbone.width * backbone.dtype.itemsize
+    blocks = rows * (KEPT[remat] * keep * backbone.depth + KEPT["none"])
+    return (state + blocks + 4 * 4 * objective.logits_budget) / 2**30

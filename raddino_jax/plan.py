@@ -35,11 +35,11 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "p
 
 # Which knob helps most when a step does not fit, first what costs least.
 KNOBS = [
-    (lambda c: c.model.remat == "none", "model.remat=dots"),
-    (lambda c: c.model.remat == "dots", "model.remat=full"),
-    (lambda c: c.loss.logits_budget > 2**24, "loss.logits_budget=2**24"),
-    (lambda c: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
-    (lambda c: True, "fewer images per chip, that is more chips"),
+    (lambda c, remat: remat == "none", "model.remat=dots"),
+    (lambda c, remat: remat == "dots", "model.remat=full"),
+    (lambda c, remat: c.loss.logits_budget > 2**24, "loss.logits_budget=2**24"),
+    (lambda c, remat: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
+    (lambda c, remat: True, "fewer images per chip, that is more chips"),
 ]
 
 
@@ -115,12 +115,12 @@ def _row(config, topology, devices, constants, memory, text, seconds) -> dict:
         topology=topology or f"local {devices[0].device_kind} x {len(devices)}", chips=len(devices),
         batch_size=config.batch_size, images_per_chip=config.batch_size / len(devices),
         image_size=views.global_size, prototypes=config.head.prototypes, parameters=trees.count(student),
-        remat=config.model.remat, logits_budget=config.loss.logits_budget, fsdp=config.mesh.fsdp,
+        remat=constants.objective.backbone.remat, logits_budget=config.loss.logits_budget, fsdp=config.mesh.fsdp,
         flops_per_step=work, ideal_step_seconds=ideal, half_peak_step_seconds=ideal and 2 * ideal,
         peak_hbm_gib=peak, chip_hbm_gib=chip and chip.memory,
         argument_gib=memory.argument_size_in_bytes / GIB, temporary_gib=memory.temp_size_in_bytes / GIB,
         output_gib=memory.output_size_in_bytes / GIB, collectives=collectives(text), compile_seconds=seconds,
-        fits=fits, verdict=_verdict(config, peak, chip),
+        fits=fits, verdict=_verdict(config, constants.objective.backbone.remat, peak, chip),
     )
 
 
@@ -130,12 +130,12 @@ def _reserved(memory) -> float:
     return total - memory.alias_size_in_bytes
 
 
-def _verdict(config, peak: float, chip) -> str:
+def _verdict(config, remat: str, peak: float, chip) -> str:
     if chip is None:
         return f"needs {peak:.1f} GiB; what this device has is not known"
     if peak <= chip.memory:
         return f"fits: {peak:.1f} of {chip.memory} GiB per chip"
-    knob = next(text for applies, text in KNOBS if applies(config))
+    knob = next(text for applies, text in KNOBS if applies(config, remat))
     return f"does not fit by {peak - chip.memory:.1f} GiB per chip; first try {knob}"
 
 

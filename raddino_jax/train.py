@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from raddino_jax import augment, checkpoints, encoders, hosts, logs, loop, masking, optim, sharding, watch
+from raddino_jax import augment, checkpoints, encoders, flops, hosts, logs, loop, masking, optim, sharding, watch
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
@@ -29,6 +29,10 @@ Array = jax.Array
 Beat = Callable[[int, str], None]
 
 
+AUTO = "auto"  # of config.model.remat
+MARGIN = 0.8  # of a chip's memory that an estimate may fill: compilers need room to move
+
+
 class ConfigError(ValueError):
     """A config that cannot run; the message lists every problem with its mend."""
 
@@ -36,24 +40,25 @@ class ConfigError(ValueError):
 # --- from a config to the parts of a step -------------------------------------------------------------
 
 
-def backbone_of(config, platform: str = "cpu") -> ViT:
-    """The ViT of `config.model`, computing in `config.compute_dtype` on the given platform."""
+def backbone_of(config, platform: str = "cpu", remat: str = "none") -> ViT:
+    """The ViT of `config.model`, computing in `config.compute_dtype`; remat: its policy where the config says auto."""
     model = config.model
     shape = dict(VARIANTS[model.variant])
     shape |= {k: model[k] for k in ("width", "depth", "heads", "ffn") if model[k]}
-    same = ("patch_size", "image_size", "registers", "layerscale", "antialias", "offset", "remat")
+    same = ("patch_size", "image_size", "registers", "layerscale", "antialias", "offset")
     return ViT(
         **shape,
         **{k: model[k] for k in same},
+        remat=remat if model.remat == AUTO else model.remat,
         attention=platform if model.attention == "auto" else model.attention,
         dtype=jnp.dtype(config.compute_dtype),
     )
 
 
-def objective_of(config, shards: int = 1, platform: str = "cpu") -> Objective:
+def objective_of(config, shards: int = 1, platform: str = "cpu", remat: str = "none") -> Objective:
     """Networks and constants of the objective; shards: devices the batch is split over."""
     dtype = jnp.dtype(config.compute_dtype)
-    backbone, head, loss = backbone_of(config, platform), config.head, config.loss
+    backbone, head, loss = backbone_of(config, platform, remat), config.head, config.loss
     rate, depth = config.model.drop_path, backbone.depth
     rates = [rate] * depth if config.model.drop_path_uniform else list(np.linspace(0, rate, depth))
     patches = (config.views.global_size // config.model.patch_size) ** 2
@@ -80,6 +85,23 @@ def objective_of(config, shards: int = 1, platform: str = "cpu") -> Objective:
         shards=shards,
         logits_budget=loss.logits_budget,
     )
+
+
+def remat_of(config, mesh) -> str:
+    """What blocks recompute on the devices of a mesh: `config.model.remat`, or what "auto" comes to there.
+
+    That is the policy that recomputes least among those whose step should fit; "none" where the memory is not known.
+    """
+    chip = flops.chip(mesh.devices.flat[0])
+    if config.model.remat != AUTO or chip is None:
+        return "none" if config.model.remat == AUTO else config.model.remat
+    images = config.batch_size / mesh.size / config.accumulate
+    objective, v = objective_of(config, mesh.size), config.views
+    for policy in REMAT:
+        need = flops.memory(objective, v.global_size, v.local_size, v.local_crops, images, policy, config.mesh.fsdp)
+        if need <= MARGIN * chip.memory:
+            break
+    return policy
 
 
 def optimizer_of(config) -> optim.Optimizer:
@@ -182,7 +204,7 @@ def _rules(config, devices: int, hosts: int):
 def _model_rules(config):
     model, optim_, loss = config.model, config.optim, config.loss
     for name, value, known in [
-        ("model.variant", model.variant, VARIANTS), ("model.remat", model.remat, REMAT),
+        ("model.variant", model.variant, VARIANTS), ("model.remat", model.remat, (*REMAT, AUTO)),
         ("model.ffn", model.ffn or "mlp", FFN), ("optim.lr_scaling", optim_.lr_scaling, optim.SCALING),
         ("loss.centring", loss.centring, ("sinkhorn", "softmax")),
         ("compute_dtype", config.compute_dtype, ("float32", "bfloat16")),
@@ -262,7 +284,7 @@ class Step:
 
 def step_of(config, steps: int, examples: int, mesh) -> Step:
     """The step of a config on a mesh."""
-    objective = objective_of(config, mesh.size, mesh.devices.flat[0].platform)
+    objective = objective_of(config, mesh.size, mesh.devices.flat[0].platform, remat_of(config, mesh))
     views = augment.ViewSettings(**config.views)
     return Step(
         objective, optimizer_of(config), schedules_of(config, steps, examples), views,

@@ -370,7 +370,7 @@ IMPOSSIBLE = [  # (arguments, devices, hosts, words of the one complaint)
     ("log_every=0", 1, 1, "log_every and checkpoint_every must be at least 1"),
     ("views.local_crops=-1", 1, 1, "views.local_crops=-1 must be 0 or more"),
     ("model.variant=XL", 1, 1, "model.variant='XL' must be one of Ti, S, B, L, g"),
-    ("model.remat=some", 1, 1, "model.remat='some' must be one of none, dots, full"),
+    ("model.remat=some", 1, 1, "model.remat='some' must be one of none, dots, full, auto"),
     ("model.ffn=moe", 1, 1, "model.ffn='moe' must be one of mlp, swiglu"),
     ("model.heads=3", 1, 1, "model.width=128 is not divided by model.heads=3: use a divisor"),
     ("model.drop_path=1.0", 1, 1, r"model.drop_path=1.0 must be in \[0, 1\)"),

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from configs import multicxr
@@ -95,3 +97,33 @@ def test_a_device_is_known_by_the_start_of_its_name(kind, peak):
 
 def test_an_unknown_device_has_no_peak():
     assert flops.chip(_Device("cpu")) is None
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def _mesh(kind: str, devices: int):
+    return SimpleNamespace(size=devices, devices=np.array([SimpleNamespace(device_kind=kind)] * devices))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "devices", "policy"),
+    [
+        ("", "TPU v5 lite", 32, "full"),  # 20 films on 16 GiB
+        ("", "NVIDIA H200", 16, "none"),  # 40 films on 141 GiB
+        ("", "cpu", 1, "none"),
+        ("model.remat=dots", "TPU v5 lite", 32, "dots"),
+        ("batch_size=64,group_size=4,koleo_group=8", "TPU v5 lite", 16, "none"),  # 4 films
+    ],
+)
+def test_recomputing_is_chosen_by_the_memory_of_the_chips(arguments, kind, devices, policy):
+    assert train.remat_of(multicxr.get_config(arguments), _mesh(kind, devices)) == policy
+
+
+def test_memory_grows_with_what_is_kept_and_shrinks_with_devices_that_share_parameters():
+    objective = train.objective_of(multicxr.get_config("model.variant=L"))
+    need = [flops.memory(objective, 518, 196, 8, 20, remat) for remat in ("full", "dots", "none")]
+    assert need == sorted(need) and need[0] < need[2] / 3
+    parameters = 5 * 4 * (304e6 + 27e6) / 2**30  # of ViT-L and its head, five copies of four bytes
+    saved = need[0] - flops.memory(objective, 518, 196, 8, 20, "full", fsdp=8)
+    assert saved == pytest.approx(parameters * 7 / 8, rel=0.02)

@@ -38,10 +38,11 @@ def test_collectives_are_counted_with_their_bytes():
 def test_the_verdict_names_by_how_much_and_the_first_knob():
     config = common.apply(quickstart.get_config(), TINY, {})
     chip = plan.flops.CHIPS["TPU v5e"]
-    assert plan._verdict(config, 9.0, chip) == "fits: 9.0 of 16 GiB per chip"
-    assert plan._verdict(config, 20.0, chip) == "does not fit by 4.0 GiB per chip; first try model.remat=dots"
-    config.model.remat = "full"
-    assert "logits_budget" in plan._verdict(config, 20.0, chip)
+    assert plan._verdict(config, "none", 9.0, chip) == "fits: 9.0 of 16 GiB per chip"
+    assert plan._verdict(config, "none", 20.0, chip) == (
+        "does not fit by 4.0 GiB per chip; first try model.remat=dots"
+    )
+    assert "logits_budget" in plan._verdict(config, "full", 20.0, chip)
 
 
 def test_a_sweep_leaves_out_what_cannot_run_and_its_frontier_what_needs_more():
@@ -70,8 +71,9 @@ def _shapes(text):
 @pytest.mark.slow
 def test_the_compiled_step_of_the_papers_run_holds_no_logits_and_updates_in_one_pass():
     pytest.importorskip("libtpu", reason="planning for a TPU needs the extra tpu")
-    config = common.apply(multicxr.get_config(), "model.remat=full", {})
+    config = multicxr.get_config()
     row, text = plan.plan(config, "v5e:4x8")
+    assert row["remat"] == "full"
     assert row["fits"] and row["peak_hbm_gib"] <= 10
     k, budget = config.head.prototypes, config.loss.logits_budget
     with_prototypes = [np.prod(dims) for _, dims in _shapes(text) if k in dims]
