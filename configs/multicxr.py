@@ -133,4 +133,29 @@ def dinov2_views(config: ConfigDict) -> None:
     config.views.update(crop_scale_mode="area", global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), blur_global2=0.9)
 
 
-PRESETS = {"vits14_224": vits14_224, "mim=off": without_mim, "dinov2_views": dinov2_views}
+def at_resolution(size: int):
+    """Pre-training at another resolution, local crops in proportion, on the grid of patches [P] Figures B.1, C.1."""
+    def preset(config: ConfigDict) -> None:
+        patch = config.model.patch_size
+        config.views.update(global_size=size, local_size=round(196 / 518 * size / patch) * patch)
+        config.model.image_size = config.data.image_size = size
+
+    return preset
+
+
+def on_films(*sources: str):
+    """Pre-training on other films, in proportion to their number [P] Figure B.2, Table 4."""
+    def preset(config: ConfigDict) -> None:
+        config.data.update(sources=sources, weights=())
+
+    return preset
+
+
+PRESETS = {
+    "vits14_224": vits14_224, "mim=off": without_mim, "dinov2_views": dinov2_views,
+    **{f"resolution={size}": at_resolution(size) for size in (224, 322, 420, 518)},
+    "data=mimic": on_films("mimic_cxr"),  # RAD-DINO-Control
+    "data=frontal": on_films(*(f"{name}:frontal" for name in common.MULTI_CXR)),
+    "data=public": on_films(*common.MULTI_CXR),
+    "data=all": on_films("multicxr"),  # with the private part
+}  # fmt: skip

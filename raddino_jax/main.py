@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from raddino_jax import checkpoints, encoders, heartbeat, hosts, logs, sharding, starts, train
 from raddino_jax.data import labels, pipeline
-from raddino_jax.evals import figures, predict, probe, segment
+from raddino_jax.evals import demographics, figures, predict, probe, segment, table
 
 
 def pretrain(config, workdir: Path, beat: train.Beat) -> None:
@@ -24,13 +24,14 @@ def pretrain(config, workdir: Path, beat: train.Beat) -> None:
 
 TASKS = {
     "pretrain": pretrain, "probe": probe.run, "segment": segment.run, "predict": predict.run, "figures": figures.run,
+    "demographics": demographics.run, "table": table.run,
 }  # fmt: skip
 
 MENDABLE = (
     train.ConfigError, pipeline.DataError, labels.LabelError, encoders.WeightsError, starts.WorkdirError,
     hosts.ClusterError,
 )
-ON_A_RUN = ("figures", "predict")  # tasks that read a finished run and bring no config of their own
+ON_A_RUN = ("figures", "predict", "table")  # tasks that read a finished run and bring no config of their own
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/quickstart.py.")
 _FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir of another config; the differences are listed.")
