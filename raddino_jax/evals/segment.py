@@ -21,7 +21,7 @@ from raddino_jax import logs
 from raddino_jax.data import cases
 from raddino_jax.data.cases import CaseError
 from raddino_jax.data.shapes import IGNORE
-from raddino_jax.evals import dice, fit, frames, heads, overlays
+from raddino_jax.evals import dice, fairness, fit, frames, heads, overlays
 from raddino_jax.evals.fit import Films
 
 SIDED = re.compile(r"\b(left|right)\b|^[LR]\d+$", re.IGNORECASE)  # structures that a mirror image gives another name
@@ -104,6 +104,9 @@ class Task:
     def open(cls, config) -> "Task":
         """Read all films and masks; with a frozen encoder and no augmentation, compute their features once."""
         source = cases.open_cases(config)
+        lacking = [column for column in config.strata if column not in source.cases[0].facts]
+        if lacking:
+            raise CaseError(f"strata: no column {', '.join(lacking)}; there are {', '.join(source.cases[0].facts)}")
         head = heads.build(config, len(source.structures))
         splits = np.array(cases.with_splits(source.cases, config.seed))
         parts = {split: np.flatnonzero(splits == split) for split in cases.SPLITS}
@@ -166,22 +169,21 @@ class Task:
     def rows(self, encoder: str, head: str, index, judged, shots: int, seed: int) -> list[dict]:
         """Rows of results.json: each structure and their mean within films, all films and each stratum."""
         known = [self.source.cases[i] for i in index]
-        groups = {("", ""): np.ones(len(known), bool)}
-        for column in self.config.strata:
-            values = np.array([str(case.facts.get(column, "")) for case in known])
-            groups |= {(column, value): values == value for value in np.unique(values)}
+        columns = {column: np.array([case.facts[column] for case in known]) for column in self.config.strata}
         patients = np.array([case.patient for case in known])
         common = dict(
             task="segment", dataset=self.config.dataset, encoder=encoder, head=head, films=shots, seed=seed,
             folds=1, data=self.source.kind, config="config.json",
         )
         rows = []
-        for (column, value), inside in groups.items():
-            stratum = {"stratum": f"{column}={value}"} if column else {}
-            for metric, name, values in _scores(judged, self.source.structures):
-                found = dice.summary(values[inside], patients[inside])
-                if found["n"]:
-                    rows.append(common | {"metric": metric, "class": name} | found | stratum)
+        for metric, name, values in _scores(judged, self.source.structures):
+            has = ~np.isnan(values)
+            if not has.any():
+                continue
+            here = common | {"metric": metric, "class": name}
+            groups = {column: value[has] for column, value in columns.items()}
+            strata = fairness.strata(fairness.mean_of(values[has]), groups, patients[has])
+            rows += [here | dice.summary(values, patients), *(here | row for row in strata)]
         return rows
 
     def write_cases(self, path: Path, index, by_encoder: dict) -> None:
@@ -290,12 +292,13 @@ def _over_seeds(rows: list[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     names = ("encoder", "head", "films", "metric", "class", "stratum")
     for row in rows:
-        groups.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
+        if row["value"] is not None:
+            groups.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
     means = []
     for group in groups.values():
         values = [row["value"] for row in group]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        whole = {k: v for k, v in group[0].items() if k != "interval"}
+        whole = {k: v for k, v in group[0].items() if k not in ("interval", "worst", "gap")}
         seeds = [row["seed"] for row in group]
         means.append(whole | {"value": float(np.mean(values)), "std": std, "seed": seeds, "folds": len(seeds)})
     return means
@@ -325,11 +328,13 @@ def _cell(value: float) -> str:
 def _tell(rows: list[dict]) -> None:
     """One line per Dice of all structures together."""
     for row in rows:
-        if row["metric"] in ("dice", "dice_native") and row["class"] == "macro":
-            where = row.get("stratum", "all test films")
-            between = "" if "interval" not in row else " (95 % {:.3f} to {:.3f})".format(*row["interval"])
-            spread = "" if row["std"] is None else f" std {row['std']:.3f}"
-            logs.say(
-                f"segment: {row['encoder']:24s} {row['head']:8s} {row['films']:4d} films  {row['metric']:11s} "
-                f"{row['value']:.3f}{between}{spread}  {row['n']} films, {where}  [{row['data']}]"
-            )
+        where = row.get("stratum", "all test films")
+        if row["metric"] not in ("dice", "dice_native") or row["class"] != "macro" or where.endswith(": all"):
+            continue
+        interval, spread = row.get("interval"), row["std"]
+        between = " (95 % {:.3f} to {:.3f})".format(*interval) if interval else ""
+        logs.say(
+            f"segment: {row['encoder']:24s} {row['head']:8s} {row['films']:4d} films  {row['metric']:11s} "
+            f"{'undefined' if row['value'] is None else format(row['value'], '.3f')}{between}"
+            f"{'' if spread is None else f' std {spread:.3f}'}  {row['n']} films, {where}  [{row['data']}]"
+        )
