@@ -23,7 +23,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         structures=(),  # () = all; of a folder "right lung=127", "lungs>0", "heart=3|4"
         encoder="rad_dino",  # a name or a path, as encoders.load takes it
         weights="",  # "random" for the same network without training
-        image_size=0,  # pixels per side of the square; 0 = the encoder's own, 518 for U-Nets
+        image_size=0,  # pixels per side of the square; 0 = the encoder's own, unet_size for U-Nets
+        unet_size=518,
         fit="crop",  # how a film becomes a square: crop (the encoder's own way), pad, stretch
         compute_dtype="float32",
         mean=common.RAD_DINO_MEAN,  # of U-Nets, before each film is standardised
@@ -70,7 +71,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 def small(config: ConfigDict) -> None:
     """Small networks, small batches, a higher learning rate: minutes on one CPU core."""
     config.update(batch_size=8, epochs=30, lr=2e-3, head_width=64, log_every=20, checkpoint_every=50)
-    config.unet.filters = (8, 16, 32, 64, 64)
+    config.unet.filters, config.unet_size = (8, 16, 32, 64, 64), 128
     config.data.update(image_size=96)
     config.deformation.update(elastic=0.0, rotation=15.0, shear=5.0, gamma=(0.7, 1.4))
 

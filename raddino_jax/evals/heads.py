@@ -77,7 +77,7 @@ def build(config, structures: int) -> Head:
         raise CaseError(f"head={config.head!r} must be one of {', '.join(HEADS)}")
     dtype = jnp.dtype(config.compute_dtype)
     if config.head in UNETS:
-        size = config.image_size or 518
+        size = config.image_size or config.unet_size
         settings = Preprocess(size, size, (config.mean,), (config.std,), standardize=True)
         if config.head == "unet":
             return Head(unet.ResidualUNet(structures, tuple(config.unet.filters), dtype), settings)
