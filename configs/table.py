@@ -1,8 +1,8 @@
 """The paper's tables and figures beside one's own runs: paper, ours, n, and the command behind each number.
 
-    python -m raddino_jax.main --config=configs/table.py:table=1,runs=runs/*
+    python -m raddino_jax.main --config='configs/table.py:table=1,runs=runs/*'
     python -m raddino_jax.main --config=configs/table.py:table=B1 --config.called="('runs/fresh=RAD-DINO random init',)"
-    python -m raddino_jax.main --config=configs/table.py:table=figB1,runs=runs/resolution_*,dataset=synthetic
+    python -m raddino_jax.main --config='configs/table.py:table=figB1,runs=runs/resolution_*,dataset=synthetic'
 
 table: 1 2 3 5 B1 C1 C2 C3 C4, figB1 figB2 figC1. Writes table_NAME.md and .csv, of figures also a PNG, into --workdir
 (default runs/table); reads results.json, config.json and starts.jsonl of workdirs and changes none of them.

@@ -94,13 +94,3 @@ def test_the_worst_error_is_the_highest():
 def test_a_column_of_another_length_is_refused():
     with pytest.raises(ValueError, match="'race': expected 4 values, found 3"):
         fairness.strata(fairness.mean_of(np.ones(4)), {"race": ["a"] * 3}, list("1234"))
-
-
-def test_the_worst_is_found_among_rows_that_lack_it():
-    row = {"task": "segment", "encoder": "e", "metric": "dice", "data": "real", "seed": 0, "n": 3, "class": "macro"}
-    rows = [row | {"value": 0.9}, row | {"value": 0.8, "stratum": "race=a"}, row | {"value": 0.7, "stratum": "race=b"},
-            row | {"value": 0.1, "stratum": "race=b", "class": "left lung"}]
-    found = fairness.worst_of(rows)
-    assert {(r["class"], r["value"], r["worst"]) for r in found} == {
-        ("macro", 0.7, "race=b"), ("left lung", 0.1, "race=b")}
-    assert not fairness.worst_of(rows + found)

@@ -180,9 +180,10 @@ def test_a_run_of_ones_own_takes_the_row_that_it_is_called(tmp_path):
         made(tmp_path, "B1", called=("nonsense",))
 
 
-def test_the_worst_group_is_found_among_the_groups_of_a_segmentation(tmp_path):
+def test_average_and_worst_group_are_cells_of_their_own(tmp_path):
     fields = dict(task="segment", dataset="lungs", metric="dice", head="linear", name="macro")
     groups = [row(**fields, value=v, stratum=f"race={name}") for name, v in (("white", 0.93), ("asian", 0.91))]
+    groups.append(groups[1] | {"stratum": "race: worst"})
     workdir(tmp_path / "runs" / "lungs", [row(**fields, value=0.95), *groups])
     _, lines = made(tmp_path, "C3")
     shown = {x["class"]: x["ours"] for x in lines if x["row"] == "RAD-DINO"}

@@ -65,23 +65,6 @@ def _resampled(score, index, member, count: int, resamples: int, seed: int) -> n
     return np.array([value for value in values if not np.isnan(value)])
 
 
-def worst_of(rows: Sequence[Mapping]) -> list[dict]:
-    """The "COLUMN: worst" rows that a results.json lacks: the lowest of those alike in all but their group."""
-    alike: dict[tuple, list[Mapping]] = {}
-    for row in rows:
-        column, equals, _ = str(row.get("stratum", "")).partition("=")
-        if equals and row["value"] is not None:
-            names = ("task", "dataset", "encoder", "head", "films", "metric", "class", "data")
-            key = (*(str(row.get(name, "")) for name in names), str(row.get("seed", "")), column)
-            alike.setdefault(key, []).append(row)
-    told = {str(row.get("stratum", "")) for row in rows}
-    lowest = {key: min(same, key=lambda row: row["value"]) for key, same in alike.items()}
-    return [
-        {**row, "stratum": f"{key[-1]}: worst", "worst": row["stratum"]}
-        for key, row in lowest.items() if f"{key[-1]}: worst" not in told
-    ]
-
-
 def _worst(column: str, found: list[dict], everyone: dict, smallest: int, lower_is_better: bool) -> list[dict]:
     sound = [row for row in found if row["value"] is not None and row["patients"] >= smallest]
     if not sound or everyone["value"] is None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from raddino_jax import logs
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import fairness, paper
+from raddino_jax.evals import paper
 from raddino_jax.evals.picture import COLOURS, Picture, panels
 
 NEEDED = {"task", "encoder", "metric", "value", "class", "data"}
@@ -83,14 +83,13 @@ def read_runs(pattern: str) -> list[Result]:
     found = []
     for path in sorted(Path(p) for p in glob.glob(f"{pattern}/results.json")):
         try:
-            rows = json.loads(path.read_text())
-            rows += fairness.worst_of(rows)
-            found += [Result(row, path.parent, _command(path.parent), path.stat().st_mtime) for row in rows]
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            rows = [dict(row) for row in json.loads(path.read_text())]
+        except (json.JSONDecodeError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}): run that task again") from error
-    for result in found:
-        if lacking := NEEDED - set(result.row):
-            raise DataError(f"{result.workdir}/results.json has a row without {', '.join(sorted(lacking))}")
+        for row in rows:
+            if lacking := NEEDED - set(row):
+                raise DataError(f"{path} has a row without {', '.join(sorted(lacking))}")
+        found += [Result(row, path.parent, _command(path.parent), path.stat().st_mtime) for row in rows]
     return found
 
 
