@@ -69,7 +69,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         dino=1.0, ibot=1.0, koleo=0.1,  # [D] weights; KoLeo's is per global crop
         centring="sinkhorn",  # [open] sinkhorn or softmax
         sinkhorn_iterations=3, centre_momentum=0.9, student_temperature=0.1,  # [D]
-        logits_budget=2**26,  # prototype logits alive at once per device, in floats
+        logits_budget=0,  # prototype logits alive at once per device, in floats; 0: 2**26, on small chips 2**24
     ))
     config.masks = ConfigDict(dict(
         probability=0.5, ratio=(0.1, 0.5),  # [D] share of crops masked; range of the masked share

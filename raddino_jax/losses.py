@@ -117,7 +117,6 @@ def targets(rows: Array, prototypes: Array, temperature: Array, bias: Array) -> 
 # --- cross-entropy between teacher and student ------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(student: Array, prototypes: Array, teacher: dict, temperature: float, budget: int) -> Array:
     """sum over items of weight * sum over pairs (s, t) of -sum_k target_t[k] log softmax(student_s)[k].
 
@@ -126,18 +125,42 @@ def cross_entropy(student: Array, prototypes: Array, teacher: dict, temperature:
     teacher: {"rows" [R, n, T, b], "weight" [R, n] (0 for padding), "prototypes" [K, b], "bias" [K],
       "temperature"}: constants, no gradient.
     budget: logits per shard that may be alive at once, counted over students.
-    The gradient is made in the forward pass, while a chunk's logits are at hand.
     """
-    return _sweep(student, prototypes, teacher, temperature, budget, with_gradient=False)[0]
+    return cross_entropies((student,), prototypes, (teacher,), temperature, budget)[0]
 
 
-def _sweep(student, prototypes, teacher, temperature, budget, with_gradient):
-    """One pass over the chunks: (loss, d loss / d student, d loss / d prototypes)."""
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def cross_entropies(
+    students: tuple[Array, ...], prototypes: Array, teachers: tuple[dict, ...], temperature: float, budget: int
+) -> tuple[Array, Array]:
+    """(sum, each of them [terms]) of several `cross_entropy`; only the sum has a gradient.
+
+    The gradient is made in the forward pass, while a chunk's logits are at hand, and all terms add to one gradient of
+    the prototypes.
+    """
+    values = _sweep(students, prototypes, teachers, temperature, budget, with_gradient=False)[0]
+    return values.sum(), values
+
+
+def _sweep(students, prototypes, teachers, temperature, budget, with_gradient):
+    """One pass over the chunks of every term: (losses, d sum / d students, d sum / d prototypes)."""
+    grad = jnp.zeros((len(students[0]), *prototypes.shape[::-1])) if with_gradient else None
+    values, grads = [], []
+    for student, teacher in zip(students, teachers, strict=True):
+        value, grad_student, grad = _term(student, prototypes, teacher, temperature, budget, grad)
+        values.append(value)
+        grads.append(grad_student)
+    return jnp.stack(values), tuple(grads), None if grad is None else grad.sum(axis=0).T
+
+
+def _term(student, prototypes, teacher, temperature, budget, grad):
+    """(loss, d loss / d student, grad + d loss / d prototypes) of one term; no gradients where `grad` is None."""
     shards, n, s, _ = student.shape
     k = len(prototypes)
+    with_gradient = grad is not None
 
     def body(carry, chunk):
-        loss, grad_prototypes = carry
+        loss, grad = carry
         z, rows, weight = chunk
         target = targets(rows, teacher["prototypes"], teacher["temperature"], teacher["bias"]).sum(axis=2)
         logits = _logits(z, prototypes) / temperature
@@ -146,36 +169,34 @@ def _sweep(student, prototypes, teacher, temperature, budget, with_gradient):
         item = (mass * norms[..., 0] - jnp.einsum("rnk,rnsk->rns", target, logits)).sum(axis=2)
         loss += (weight * item).sum(axis=1)
         if not with_gradient:
-            return (loss, grad_prototypes), None
+            return (loss, grad), None
         slope = (mass * jnp.exp(logits - norms) - target[:, :, None]) * (weight / temperature)[..., None, None]
         slope = jax.lax.optimization_barrier(slope.astype(z.dtype))  # made once, read by both products
         # [b, K]: the other way round would write a transposed copy of the slope first
-        grad_prototypes += jnp.einsum("rnsb,rnsk->rbk", z, slope, preferred_element_type=jnp.float32)
-        return (loss, grad_prototypes), jnp.einsum("rnsk,kb->rnsb", slope, prototypes.astype(z.dtype))
+        grad += jnp.einsum("rnsb,rnsk->rbk", z, slope, preferred_element_type=jnp.float32)
+        return (loss, grad), jnp.einsum("rnsk,kb->rnsb", slope, prototypes.astype(z.dtype))
 
-    grad = jnp.zeros((shards, *prototypes.shape[::-1])) if with_gradient else None
     arrays = (student, teacher["rows"], teacher["weight"])
-    (loss, grad), grad_student = _scan_chunks(
-        body, (jnp.zeros(shards), grad), arrays, _chunks(budget, n, s, k)
-    )
-    return loss.sum(), grad_student, None if grad is None else grad.sum(axis=0).T
+    (loss, grad), to_student = _scan_chunks(body, (jnp.zeros(shards), grad), arrays, _chunks(budget, n, s, k))
+    return loss.sum(), to_student, grad
 
 
-def _forward(student, prototypes, teacher, temperature, budget):
-    loss, *grads = _sweep(student, prototypes, teacher, temperature, budget, with_gradient=True)
-    return loss, (*grads, teacher)
+def _forward(students, prototypes, teachers, temperature, budget):
+    values, *grads = _sweep(students, prototypes, teachers, temperature, budget, with_gradient=True)
+    return (values.sum(), values), (*grads, teachers)
 
 
-def _backward(temperature, budget, saved, cotangent):
-    grad_student, grad_prototypes, teacher = saved
+def _backward(temperature, budget, saved, cotangents):
+    grad_students, grad_prototypes, teachers = saved
+    of_sum, _ = cotangents
     return (
-        (cotangent * grad_student).astype(grad_student.dtype),
-        cotangent * grad_prototypes,
-        jax.tree.map(jnp.zeros_like, teacher),
+        jax.tree.map(lambda grad: (of_sum * grad).astype(grad.dtype), grad_students),
+        of_sum * grad_prototypes,
+        jax.tree.map(jnp.zeros_like, teachers),
     )
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropies.defvjp(_forward, _backward)
 
 
 # --- KoLeo ----------------------------------------------------------------------------------------

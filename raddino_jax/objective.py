@@ -173,8 +173,8 @@ class Objective:
     def learn(self, student, taught, given, key) -> tuple[Array, dict]:
         """(loss, metrics) of the student on what is given."""
         crops = self.study(student, given, key)
-        terms = self.compare(student, taught, crops)
-        return sum(terms.values()), terms | self.diagnose(student, taught, crops)
+        total, terms = self.compare(student, taught, crops)
+        return total, terms | self.diagnose(student, taught, crops)
 
     def _rows(self, taught: dict) -> tuple[dict, dict]:
         """Targets apart: what all parts of a batch share, and what goes by image or group."""
@@ -230,33 +230,35 @@ class Objective:
             crops["local"] = out["cls"].reshape(images, local.shape[1], -1)
         return crops
 
-    def compare(self, student, taught, crops) -> dict[str, Array]:
-        """The four terms of the loss, weighted as optimised."""
+    def compare(self, student, taught, crops) -> tuple[Array, dict[str, Array]]:
+        """(their sum, the four terms of the loss), weighted as optimised."""
         images, local = len(crops["features"]), crops.get("local")
         pairs = 2 + (2 * local.shape[1] if local is not None else 1)  # as the reference counts, V = 0 too
         per_pair = jnp.full(images, self.dino_weight / (images * pairs))
         project = lambda x: self.dino_head.apply({"params": student["dino_head"]}, x)  # noqa: E731
-        weights, dino = prototypes(student["dino_head"]), taught["dino"]
-        rows = dino["rows"]
+        dino = taught["dino"]
+        swapped = _items(dino["rows"][:, ::-1])  # each crop learns from the other
+        both = dino | {"rows": swapped, "weight": jnp.repeat(per_pair, 2)}
+        questions = {"dino_global": (_items(project(crops["features"])), both)}
+        if local is not None:
+            questions["dino_local"] = (project(local), dino | {"weight": per_pair})
+        patches = {"ibot": self._ibot(student, taught, crops["patches"], images)} if self.mim else {}
+        if self.ibot_head is None:  # one head: all its terms add to one gradient
+            questions, patches = questions | patches, {}
+        total, terms = self._cross_entropies(questions, student["dino_head"])
+        if patches:
+            of_patches, term = self._cross_entropies(patches, student["ibot_head"])
+            total, terms = total + of_patches, terms | term
+        koleo = self._koleo(crops["features"])
+        return total + koleo, {"dino_local": 0.0, "ibot": 0.0} | terms | {"koleo": koleo}
 
-        def dino_term(z, teachers, weight):
-            return self._cross_entropy(z, weights, dino | {"rows": teachers, "weight": weight})
-
-        globals_, swapped = project(crops["features"]), rows[:, ::-1]  # each crop learns from the other
-        terms = {"dino_global": dino_term(_items(globals_), _items(swapped), jnp.repeat(per_pair, 2))}
-        terms["dino_local"] = 0.0 if local is None else dino_term(project(local), rows, per_pair)
-        terms["ibot"] = self._ibot(student, taught, crops["patches"], images) if self.mim else 0.0
-        terms["koleo"] = self._koleo(crops["features"])
-        return terms
-
-    def _ibot(self, student, taught, masked, images):
-        """Cross-entropy on masked patches; masked: the student's tokens [G, U, D]."""
+    def _ibot(self, student, taught, masked, images) -> tuple[Array, dict]:
+        """What is asked of the masked patches, and the answers; masked: the student's tokens [G, U, D]."""
         head, head_params = self.patch_head(student)
         patches = head.apply({"params": head_params}, masked)
         # Divided by all 2 B global crops although only some are masked: the reference's scale.
         weight = taught["weight"].reshape(-1) * (self.ibot_weight / (2 * images))
-        ibot = taught["ibot"] | {"rows": _items(taught["ibot"]["rows"]), "weight": weight}
-        return self._cross_entropy(_items(patches), prototypes(head_params), ibot)
+        return _items(patches), taught["ibot"] | {"rows": _items(taught["ibot"]["rows"]), "weight": weight}
 
     def diagnose(self, student, taught, crops) -> dict[str, Array]:
         """Signs of collapse, on one global crop per film and a few patches of each; no gradient."""
@@ -268,9 +270,16 @@ class Objective:
         found |= diagnostics.spread(out["cls"], "cls") | diagnostics.spread(patches, "patch")
         return jax.tree.map(jax.lax.stop_gradient, found)
 
-    def _cross_entropy(self, z, weights, teacher):
-        teacher = teacher | {k: self._shard(teacher[k]) for k in ("rows", "weight")}
-        return losses.cross_entropy(self._shard(z), weights, teacher, self.student_temperature, self.logits_budget)
+    def _cross_entropies(self, questions: dict[str, tuple[Array, dict]], head_params) -> tuple[Array, dict]:
+        """(sum, each by name) of the cross-entropies of {name: (student, teacher)} that share a head."""
+        students = tuple(self._shard(z) for z, _ in questions.values())
+        teachers = tuple(
+            teacher | {k: self._shard(teacher[k]) for k in ("rows", "weight")} for _, teacher in questions.values()
+        )
+        total, values = losses.cross_entropies(
+            students, prototypes(head_params), teachers, self.student_temperature, self.logits_budget
+        )
+        return total, dict(zip(questions, values, strict=True))
 
     def _koleo(self, features):
         if not self.koleo_weight:

@@ -37,7 +37,7 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "p
 KNOBS = [
     (lambda c, remat: remat == "none", "model.remat=dots"),
     (lambda c, remat: remat == "dots", "model.remat=full"),
-    (lambda c, remat: c.loss.logits_budget > 2**24, "loss.logits_budget=2**24"),
+    (lambda c, remat: c.loss.logits_budget > 2**24, "loss.logits_budget=0"),
     (lambda c, remat: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
     (lambda c, remat: True, "fewer images per chip, that is more chips"),
 ]
@@ -115,7 +115,8 @@ def _row(config, topology, devices, constants, memory, text, seconds) -> dict:
         topology=topology or f"local {devices[0].device_kind} x {len(devices)}", chips=len(devices),
         batch_size=config.batch_size, images_per_chip=config.batch_size / len(devices),
         image_size=views.global_size, prototypes=config.head.prototypes, parameters=trees.count(student),
-        remat=constants.objective.backbone.remat, logits_budget=config.loss.logits_budget, fsdp=config.mesh.fsdp,
+        remat=constants.objective.backbone.remat, logits_budget=constants.objective.logits_budget,
+        fsdp=config.mesh.fsdp,
         flops_per_step=work, ideal_step_seconds=ideal, half_peak_step_seconds=ideal and 2 * ideal,
         peak_hbm_gib=peak, chip_hbm_gib=chip and chip.memory,
         argument_gib=memory.argument_size_in_bytes / GIB, temporary_gib=memory.temp_size_in_bytes / GIB,

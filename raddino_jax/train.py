@@ -31,6 +31,7 @@ Beat = Callable[[int, str], None]
 
 AUTO = "auto"  # of config.model.remat
 MARGIN = 0.8  # of a chip's memory that an estimate may fill: compilers need room to move
+SMALL = 64  # GiB of a chip below which its chunks of logits are small
 
 
 class ConfigError(ValueError):
@@ -55,8 +56,10 @@ def backbone_of(config, platform: str = "cpu", remat: str = "none") -> ViT:
     )
 
 
-def objective_of(config, shards: int = 1, platform: str = "cpu", remat: str = "none") -> Objective:
-    """Networks and constants of the objective; shards: devices the batch is split over."""
+def objective_of(
+    config, shards: int = 1, platform: str = "cpu", remat: str = "none", chip: flops.Chip | None = None
+) -> Objective:
+    """Networks and constants of the objective; shards: devices the batch is split over; chip: what they are."""
     dtype = jnp.dtype(config.compute_dtype)
     backbone, head, loss = backbone_of(config, platform, remat), config.head, config.loss
     rate, depth = config.model.drop_path, backbone.depth
@@ -83,7 +86,7 @@ def objective_of(config, shards: int = 1, platform: str = "cpu", remat: str = "n
         init_std=config.model.init_std,
         init_position=config.model.init_position,
         shards=shards,
-        logits_budget=loss.logits_budget,
+        logits_budget=loss.logits_budget or (2**24 if chip is not None and chip.memory < SMALL else 2**26),
     )
 
 
@@ -92,16 +95,20 @@ def remat_of(config, mesh) -> str:
 
     That is the policy that recomputes least among those whose step should fit; "none" where the memory is not known.
     """
-    chip = flops.chip(mesh.devices.flat[0])
+    chip = _chip(mesh)
     if config.model.remat != AUTO or chip is None:
         return "none" if config.model.remat == AUTO else config.model.remat
     images = config.batch_size / mesh.size / config.accumulate
-    objective, v = objective_of(config, mesh.size), config.views
+    objective, v = objective_of(config, mesh.size, chip=chip), config.views
     for policy in REMAT:
         need = flops.memory(objective, v.global_size, v.local_size, v.local_crops, images, policy, config.mesh.fsdp)
         if need <= MARGIN * chip.memory:
             break
     return policy
+
+
+def _chip(mesh) -> flops.Chip | None:
+    return flops.chip(mesh.devices.flat[0])
 
 
 def optimizer_of(config) -> optim.Optimizer:
@@ -284,7 +291,8 @@ class Step:
 
 def step_of(config, steps: int, examples: int, mesh) -> Step:
     """The step of a config on a mesh."""
-    objective = objective_of(config, mesh.size, mesh.devices.flat[0].platform, remat_of(config, mesh))
+    platform = mesh.devices.flat[0].platform
+    objective = objective_of(config, mesh.size, platform, remat_of(config, mesh), _chip(mesh))
     views = augment.ViewSettings(**config.views)
     return Step(
         objective, optimizer_of(config), schedules_of(config, steps, examples), views,

@@ -279,7 +279,10 @@ def _jitted_compare(objective, taught, crops):
 
 
 def _compare(objective, taught, crops) -> dict:
-    return {name: float(value) for name, value in _jitted_compare(objective, taught, crops).items()}
+    total, terms = _jitted_compare(objective, taught, crops)
+    terms = {name: float(value) for name, value in terms.items()}
+    assert sum(terms.values()) == pytest.approx(float(total), rel=1e-5)  # float32
+    return terms
 
 
 def test_a_global_crop_learns_from_the_other_global_crop():

@@ -42,6 +42,8 @@ def test_the_verdict_names_by_how_much_and_the_first_knob():
     assert plan._verdict(config, "none", 20.0, chip) == (
         "does not fit by 4.0 GiB per chip; first try model.remat=dots"
     )
+    assert "more chips" in plan._verdict(config, "full", 20.0, chip)
+    config.loss.logits_budget = 2**28
     assert "logits_budget" in plan._verdict(config, "full", 20.0, chip)
 
 
@@ -75,7 +77,7 @@ def test_the_compiled_step_of_the_papers_run_holds_no_logits_and_updates_in_one_
     row, text = plan.plan(config, "v5e:4x8")
     assert row["remat"] == "full"
     assert row["fits"] and row["peak_hbm_gib"] <= 10
-    k, budget = config.head.prototypes, config.loss.logits_budget
+    k, budget = config.head.prototypes, row["logits_budget"]
     with_prototypes = [np.prod(dims) for _, dims in _shapes(text) if k in dims]
     assert with_prototypes and max(with_prototypes) <= budget  # 8,340 masked tokens a chip would be eight times as many
     # Weights, both moments and the teacher of a layer leave one fusion, and no other makes them.
