@@ -1,4 +1,7 @@
-"""Runs of `main` in real processes, one or several on this machine, for trajectory_test.py and faults_test.py."""
+"""The smallest run, and runs of `main` in real processes, one or several on this machine.
+
+For trajectory_test.py, faults_test.py, faults_of_processes_test.py and launch_test.py.
+"""
 
 import os
 import signal
@@ -8,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from configs import common, quickstart
 from raddino_jax import logs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +27,12 @@ TINY = [
 ]
 # Many compilations, few steps.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def tiny(*more: str):
+    """The config that TINY and `more` make."""
+    words = [word.removeprefix("--config.") for word in (*TINY[1:], *more)]
+    return common.apply(quickstart.get_config(), ",".join(words), {})
 
 
 class Run:

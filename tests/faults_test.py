@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cluster import TINY, rows, saved
+from cluster import rows, saved, tiny
 from PIL import Image
 
-from configs import common, quickstart
-from raddino_jax import checkpoints, heartbeat, starts, train
+from raddino_jax import checkpoints, heartbeat, hosts, starts, train
 from raddino_jax.data import pipeline
 
 STEPS = 8
@@ -31,8 +30,7 @@ STEPS = 8
 
 def config(*more: str):
     """The smallest quickstart: eight steps, a checkpoint after every second."""
-    words = [*TINY[1:], f"--config.steps={STEPS}", "--config.checkpoint_every=2", *more]
-    return common.apply(quickstart.get_config(), ",".join(word.removeprefix("--config.") for word in words), {})
+    return tiny(f"--config.steps={STEPS}", "--config.checkpoint_every=2", *more)
 
 
 def start(workdir: Path, *more: str, beat: Callable[[int, str], None] = lambda step, doing: None, force=False) -> None:
@@ -329,6 +327,20 @@ def test_the_revision_is_that_of_git_and_marked_where_files_differ(tmp_path, mon
     assert starts.revision() == head
     (package / "starts.py").write_text("b")
     assert starts.revision() == head + "+"
+
+
+@pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("", 0, 0), ("h:1", 2, 2), ("h", 2, 0)])
+def test_the_flags_of_a_cluster_are_given_together_and_fit(given):
+    with pytest.raises(hosts.ClusterError, match="--coordinator"):
+        hosts.join(*given)
+
+
+def test_a_process_without_a_cluster_or_alone_in_it_is_alone():
+    hosts.join()
+    hosts.join("h:1", 1, 0)
+    assert (hosts.count(), hosts.index(), hosts.client()) == (1, 0, None)
+    assert hosts.gather("here", {"a": 1}) == [{"a": 1}] and hosts.share("here", 3) == 3
+    assert hosts.ends_at(4, True) and not hosts.ends_at(4, False)
 
 
 # --- what the heartbeat concludes ------------------------------------------------------------------------------------
