@@ -124,7 +124,7 @@ def run(config, head: Head, train: Films, val: Films, seed: int, workdir: Path) 
     steps, every = steps_of(config, len(train))
     deformation = deformation_of(config) if config.augment else None
     fit = Fit(head, config.lr, steps, min(config.batch_size, len(train)), seed, deformation)
-    saved = checkpoints.Checkpoints(workdir, keep=1)
+    saved = checkpoints.Checkpoints(workdir, keep=2)
     try:
         return _run(config, fit, train, val, every, workdir, saved)
     finally:
