@@ -16,7 +16,7 @@ from raddino_jax import encoders, preprocess
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.data import synthetic
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import curves, figures, maps, overlays, picture
+from raddino_jax.evals import curves, figures, heads, maps, overlays, picture
 from raddino_jax.models.clip import CLIPViT
 from raddino_jax.models.vit import ViT
 
@@ -121,11 +121,11 @@ def test_components_are_those_of_sklearn(encoder, films):
 
 
 def test_finer_maps_come_from_a_larger_square(encoder, films):
-    finer = maps.at_size(encoder, 80)
+    finer = heads.sized(encoder, 80)
     assert maps.attention_maps(finer, films[:1]).shape == (1, 4, 10, 10)
-    assert encoder.image_size == SIDE and maps.at_size(encoder, 0) is encoder
-    with pytest.raises(DataError, match="image_size=50: expected a multiple of the patch size 8"):
-        maps.at_size(encoder, 50)
+    assert encoder.image_size == SIDE and heads.sized(encoder, 0) is encoder
+    with pytest.raises(DataError, match="image_size=50: small takes multiples of 8 pixels"):
+        heads.sized(encoder, 50)
 
 
 # --- pictures of films ----------------------------------------------------------------------------------------

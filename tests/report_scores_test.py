@@ -91,7 +91,7 @@ def test_macro_f1_of_resamples_is_sklearns():
 
 
 def test_strata_are_scored_apart_and_the_worst_is_named():
-    group = ["a", "b", "a", "b", "a", "a", "", ""]
+    group = ["a", "b", "a", "b", "a", "a", "", "nan"]
     about = dict(dataset="x", data="synthetic")
     rows = report_scores.score(REFERENCES, CANDIDATES, strata={"sex": group}, resamples=30, **about)
     inside = [i for i, g in enumerate(group) if g == "b"]

@@ -65,7 +65,7 @@ def _verdict(rows: list[dict]) -> str:
 
 
 def _lines(name, title, rows, groups, sentence) -> Picture:
-    figure, axes = panels(1, len(groups), 4.2, 3)
+    figure, axes = panels(1, len(groups), 4.2 if len(groups) > 1 else 6.4, 3)
     for axis, fields in zip(axes[0], groups, strict=True):
         for field, colour in zip(fields, COLOURS, strict=False):
             given = [(row["step"], row[field]) for row in rows if isinstance(row.get(field), int | float)]
@@ -74,7 +74,7 @@ def _lines(name, title, rows, groups, sentence) -> Picture:
             axis.plot(*zip(*given, strict=True), label=label, lw=1.4, color=colour, marker=marker)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(edgecolor="none", framealpha=0.85, fontsize=8)
     figure.tight_layout()
     fields = ["step", *(field for group in groups for field in group)]
     return Picture(name, title, sentence, figure, [{f: row.get(f) for f in fields} for row in rows])
@@ -107,7 +107,7 @@ def results(workdir: Path) -> list[Picture]:
                  label=encoder)
     axis.set_xticks(range(len(classes)), classes, rotation=20)
     axis.set_ylabel(METRICS[metric])
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(edgecolor="none", framealpha=0.85, fontsize=8)
     sentence = _comparison(by) if ("teacher", "macro") in by else "Bars: means; whiskers: 95 % intervals."
     columns = ("encoder", "head", "class", "metric", "value", "std", "n")
     title = f"{METRICS[metric][0].upper() + METRICS[metric][1:]} per class ({rows[0]['data']} films)"
@@ -123,8 +123,9 @@ def read_results(workdir: Path) -> list[dict]:
 
 def _name(row: dict) -> str:
     """An encoder, and the head on it where there are several kinds."""
-    head = row.get("head", "none")
-    return row["encoder"] if head == "none" else f"{head} on {row['encoder']}" if row["encoder"] != "none" else head
+    head, encoder = row.get("head", "none"), row["encoder"]
+    encoder = encoder if encoder.count("/") < 2 else encoder.rstrip("/").rpartition("/")[2]  # of a long path the end
+    return encoder if head == "none" else f"{head} on {encoder}" if encoder != "none" else head
 
 
 def _whisker(row: dict) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from raddino_jax import encoders, logs
 from raddino_jax.data import images, pipeline
-from raddino_jax.evals import curves, maps, overlays
+from raddino_jax.evals import curves, heads, maps, overlays
 from raddino_jax.evals.picture import Picture
 
 # What configs/figures.py sets; a run that ends with its figures takes these.
@@ -57,7 +57,7 @@ def _looks(wanted, settings: dict, workdir: Path) -> Iterator[Picture]:
     """What the encoder sees in films: those named, or some of the run's sources."""
     films = read_films(wanted.films) if wanted.films else sample(ConfigDict(settings), wanted.image_size)
     encoder = encoders.load(wanted.encoder or str(workdir), weights=wanted.weights)
-    encoder = maps.at_size(encoder, wanted.image_size)
+    encoder = heads.sized(encoder, wanted.image_size)
     attention = maps.attention(encoder, films[:4], wanted.layer, wanted.heads)
     if attention is None:
         logs.say(f"figures: no attention maps, {encoder.name} is no vision transformer of models/vit.py")

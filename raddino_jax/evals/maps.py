@@ -4,7 +4,6 @@ Figures 2, C.3, C.4 and C.5 of arXiv 2401.10815. Films are uint8 [H, W] of any s
 and points are pixels (x, y) of the film. Every function returns plain arrays; the pictures of them are below.
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -59,21 +58,6 @@ def window(encoder, shape: tuple[int, int]) -> Window:
     side = max(shape) if settings.pad else min(shape) * settings.crop / settings.resize
     patches = encoder.image_size // encoder.patch_size
     return Window((width - side) / 2, (height - side) / 2, side, (patches, patches))
-
-
-def at_size(encoder, size: int):
-    """The encoder on squares of another size: more patches of the same pixels, for finer maps. 0 leaves it as it is.
-
-    Raises DataError for a size that patches do not divide, and for networks without position embeddings to resize.
-    """
-    if not size or size == encoder.image_size:
-        return encoder
-    if size % encoder.patch_size or encoder.settings.pad:
-        raise DataError(f"image_size={size}: expected a multiple of the patch size {encoder.patch_size}")
-    settings, other = encoder.settings, copy.copy(encoder)
-    resize = round(settings.resize * size / settings.crop)
-    other.settings, other.image_size = dataclasses.replace(settings, resize=resize, crop=size), size
-    return other
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from scipy import ndimage
 from raddino_jax.evals.picture import Picture, panels
 
 TRUTH, PREDICTED = (46, 232, 107), (255, 59, 48)
-THIN = 300  # pixels of the short side per pixel of an outline's width
+THIN = 150  # pixels of the short side per pixel of an outline's width
 SHOWN, COLUMNS, CELL = 8, 4, 2.6  # films, films side by side, inches of each
 
 

@@ -20,6 +20,7 @@ from raddino_jax import logs
 from raddino_jax.evals import chexbert
 
 RESAMPLES = 500  # of the paper, which reports their median and 95 % interval
+UNKNOWN = {"", "nan", "None"}  # strata of reports about which nobody knows
 
 # What graders need from the user: paths; "" where there is none, or where a package knows its own place.
 #   radgraph         folder that holds radgraph/{config.json, weights.th, vocabulary}; "" = the package's own cache
@@ -52,10 +53,10 @@ def score(
 ) -> list[dict]:
     """Rows of results.json: one per metric, class and stratum.
 
-    graders: paths as in GRADERS. strata: column -> its value per report ("" takes no part); each value is scored apart,
-    and a row "column: worst" repeats the lowest of them. about: further fields of every row (dataset, encoder, data,
-    config, ...). value is the median over resamples of reports, interval its 2.5 and 97.5 percentiles, std their
-    deviation, whole the score of the reports as they are.
+    graders: paths as in GRADERS. strata: column -> its value per report (those of UNKNOWN take no part); each value is
+    scored apart, and a row "column: worst" repeats the lowest of them. about: further fields of every row (dataset,
+    encoder, data, config, ...). value is the median over resamples of reports, interval its 2.5 and 97.5 percentiles,
+    std their deviation, whole the score of the reports as they are.
     Raises ValueError when the lists differ in length or are empty.
     """
     references, candidates, strata = list(references), list(candidates), dict(strata or {})
@@ -104,7 +105,7 @@ def _rows(metric, statistics, strata, resamples, seed, about) -> list[dict]:
     for column, values in strata.items():
         values = np.asarray(values, object)
         groups = []
-        for value in sorted({str(v) for v in values} - {""}):
+        for value in sorted({str(v) for v in values} - UNKNOWN):
             inside = np.array([str(v) == value for v in values])
             part = Statistics(statistics.per_report[inside], statistics.scores, statistics.note)
             groups.append(_stratum_rows(metric, part, f"{column}={value}", resamples, seed, about))
