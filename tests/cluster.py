@@ -64,7 +64,7 @@ class Run:
     def err(self, i: int = 0) -> str:
         return self._file("err", i).read_text()
 
-    def wait(self, seconds: float = 280) -> list[int]:
+    def wait(self, seconds: float = 600) -> list[int]:
         """Exit codes; processes that are still there after that time are killed and the test fails."""
         end = time.monotonic() + seconds
         try:
@@ -78,7 +78,7 @@ class Run:
         assert set(codes) == {0}, "\n".join(f"--- process {i}: {c}\n{self.err(i)}" for i, c in enumerate(codes))
         return self
 
-    def until(self, condition, seconds: float = 240) -> None:
+    def until(self, condition, seconds: float = 600) -> None:
         """Wait for a condition while all processes run."""
         end = time.monotonic() + seconds
         while not condition():

@@ -19,7 +19,7 @@ from PIL import Image
 
 from raddino_jax import checkpoints, starts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a busy machine compiles for minutes
 
 LONG = "--config.steps=100000"
 

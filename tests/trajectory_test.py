@@ -93,6 +93,7 @@ def test_two_processes_with_split_parameters_walk_the_same_trajectory(alone, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mesh", OTHERS, ids=name)
 def test_every_layout_walks_the_same_trajectory(alone, tmp_path, mesh):
     assert_same(walk(tmp_path / "other", mesh), alone)
@@ -113,6 +114,7 @@ def stopped_and_resumed(workdir: Path, first, second) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "first, second",
     [((1, 1, 1), (2, 1, 2)), ((2, 4, 2), (1, 1, 1)), ((4, 2, 8), (1, 8, 1)), ((1, 8, 2), (4, 1, 4))],
