@@ -211,6 +211,22 @@ def folder_config(films, table, **fields):
     return config
 
 
+def test_films_are_read_when_asked_for_and_the_walk_is_told(monkeypatch, capsys):
+    class Source:
+        read = []
+
+        def film(self, index):
+            self.read.append(index)
+            return np.full((2, 2), index, np.uint8)
+
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(demographics.time, "perf_counter", lambda: next(clock))
+    films = demographics.Films(Source(), np.array([5, 3, 8, 1]), lambda film: film)
+    assert len(films) == 4 and not Source.read
+    assert [film[0, 0] for film in films[:2]] == [5, 3] and [film[0, 0] for film in films[2:4]] == [8, 1]
+    assert Source.read == [5, 3, 8, 1] and "film 2/4" in capsys.readouterr().err
+
+
 def test_any_folder_with_a_table(tmp_path):
     films, rows = folder(tmp_path)
     config = folder_config(films, write(tmp_path / "t.csv", rows), targets=("sex", "age"), bins={"age": (26.0, 40.0)})
@@ -268,6 +284,7 @@ def test_a_prepared_dataset_has_its_columns(tmp_path):
         (dict(targets=()), "targets is empty"), (dict(solver="newton"), "solver='newton' must be in"),
         (dict(folds=1), "folds must be at least 2"), (dict(feature="all"), "feature='all' must be in cls"),
         (dict(c=0.0), "c and tol must be positive"), (dict(max_iter=0), "max_iter must be at least 1"),
+        (dict(data={"sources": ("a", "b")}), "must name one set"),
         (dict(bins={"age": (40.0, 20.0)}), "bins must have rising edges"),
     ],
 )

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,25 @@ class Films(Sequence):
 
     def __init__(self, source, index: np.ndarray, square):
         self.source, self.index, self.square = source, index, square
+        self.began = self.told = time.perf_counter()
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, place):
         if isinstance(place, slice):
+            self._tell(place.start or 0)
             return [self[i] for i in range(*place.indices(len(self)))]
         return self.square(self.source.film(int(self.index[place])))
+
+    def _tell(self, done: int) -> None:
+        """Where a walk through the films is, every ten seconds."""
+        now = time.perf_counter()
+        if not done:
+            self.began = self.told = now
+        elif now - self.told > 10:
+            rate, self.told = done / (now - self.began), now
+            logs.say(f"film {done}/{len(self)}, {rate:.0f}/s, eta {logs.duration((len(self) - done) / rate)}")
 
 
 @dataclass(frozen=True)
@@ -65,17 +77,16 @@ def run(config, workdir: Path) -> None:
     workdir = Path(workdir)
     check(config)
     done = workdir / "results.json"
-    if not done.exists():
-        people = read_people(config)
-        asked = {target: classes_of(target, people, config) for target in config.targets}
-        rows = []
-        for name, features in _features(config, people.films):
-            rows += judge(name, features, asked, people, config)
-        rows += judge("majority", None, asked, people, config)
-        logs.write_whole(done, json.dumps(rows, indent=1) + "\n")
-    for row in json.loads(done.read_text()):
-        if not row.get("stratum"):
-            logs.say(_line(row))
+    if done.exists():
+        _tell(json.loads(done.read_text()))
+        return
+    people = read_people(config)
+    asked = {target: classes_of(target, people, config) for target in config.targets}
+    rows = []
+    for name, features in chain(_features(config, people.films), [("majority", None)]):
+        rows += judge(name, features, asked, people, config)
+    logs.write_whole(done, json.dumps(rows, indent=1) + "\n")
+    _tell(rows)
 
 
 def check(config) -> None:
@@ -86,6 +97,7 @@ def check(config) -> None:
             (config.feature not in vit.FEATURES, f"feature={config.feature!r} must be in {', '.join(vit.FEATURES)}"),
             (config.solver not in logistic.SOLVERS, f"solver={config.solver!r} must be in {logistic.SOLVERS}"),
             (config.folds < 2 and not config.split_column, "folds must be at least 2"),
+            (len(config.data.sources) != 1, f"data.sources={config.data.sources} must name one set"),
             (config.c <= 0 or config.tol <= 0, "c and tol must be positive"),
             (config.max_iter < 1, "max_iter must be at least 1"),
             (any(list(edges) != sorted(set(edges)) for edges in config.bins.values()), "bins must have rising edges"),
@@ -278,6 +290,12 @@ def _strata(row: dict, right: np.ndarray, tested: np.ndarray, people: People, co
         fairness.mean_of(right[tested]), columns, people.patients[tested], smallest=config.smallest, seed=config.seed
     )
     return [row | fields for fields in found]
+
+
+def _tell(rows: list[dict]) -> None:
+    for row in rows:
+        if not row.get("stratum"):
+            logs.say(_line(row))
 
 
 def _line(row: dict) -> str:
