@@ -106,8 +106,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        attention = Attention(self.heads, self.attention, self.dtype, name="attn")
-        x = x + attention(_norm(self.dtype, "norm1")(x), None, None)  # the norm is outside, and there is no LayerScale
+        attended = Attention(self.heads, self.attention, self.dtype, name="attn")(_norm(self.dtype, "norm1")(x))
+        x = x + attended
         return x + Mlp(self.dtype, name="mlp")(_norm(self.dtype, "norm2")(x))
 
 

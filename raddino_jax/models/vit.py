@@ -162,7 +162,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; one fused projection with rows [q | k | v], heads contiguous in each.
 
-    norm: the LayerNorm before it, and gamma: the LayerScale [D] after it, both inside its projections (`Dense`).
+    norm: a LayerNorm before it, and gamma: a LayerScale [D] after it, both inside its projections (`Dense`).
     """
 
     heads: int
@@ -170,7 +170,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, norm: Callable, gamma: Array | None) -> Array:
+    def __call__(self, x: Array, norm: Callable | None = None, gamma: Array | None = None) -> Array:
         width = x.shape[-1]
         qkv = Dense(3 * width, self.dtype, name="qkv")(x, norm)
         q, k, v = einops.rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=self.heads)
@@ -184,7 +184,7 @@ class Mlp(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, norm: Callable, gamma: Array | None) -> Array:
+    def __call__(self, x: Array, norm: Callable | None = None, gamma: Array | None = None) -> Array:
         hidden = Dense(4 * x.shape[-1], self.dtype, name="fc1")(x, norm)
         return Dense(x.shape[-1], self.dtype, name="fc2")(hidden, gelu, gamma)
 
@@ -195,7 +195,7 @@ class SwiGLU(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, norm: Callable, gamma: Array | None) -> Array:
+    def __call__(self, x: Array, norm: Callable | None = None, gamma: Array | None = None) -> Array:
         hidden = (int(4 * x.shape[-1] * 2 / 3) + 7) // 8 * 8
         gate, value = jnp.split(Dense(2 * hidden, self.dtype, name="w12")(x, norm), 2, -1)
         return Dense(x.shape[-1], self.dtype, name="w3")(nn.silu(gate) * value, gamma=gamma)
