@@ -202,13 +202,30 @@ def _predict(tmp_path):
     assert "page.png" in (tmp_path / "out" / "rejects.csv").read_text()
 
 
-def test_the_same_run_gives_the_same_rows_and_a_finished_one_is_not_run_again(tmp_path, capsys):
-    first, second = (start(config(), tmp_path / name) for name in "ab")
-    assert first == second
-    before = (tmp_path / "a" / "metrics.jsonl").read_text()
-    assert start(config(), tmp_path / "a") == first
-    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
-    assert "mean mask" in capsys.readouterr().err
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_run_again(tmp_path, monkeypatch, capsys):
+    """Ended in step 5 of 6, two steps after a checkpoint: losses and rows are those of a run that was left alone."""
+    given = config(checkpoint_every=3)
+    whole, report = start(given, tmp_path / "whole"), fit._report
+
+    def failing(config, steps, step, *rest):
+        if step == 5:
+            raise KeyboardInterrupt
+        report(config, steps, step, *rest)
+
+    monkeypatch.setattr(fit, "_report", failing)
+    with pytest.raises(KeyboardInterrupt):
+        start(given, tmp_path / "resumed")
+    monkeypatch.setattr(fit, "_report", report)
+    assert start(given, tmp_path / "resumed") == whole
+    assert "resumed from step 3 of 6" in capsys.readouterr().err
+    losses = [
+        [(row["step"], row["loss"], row.get("val_loss")) for row in logs.read_metrics(tmp_path / name)]
+        for name in ("whole", "resumed")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    before = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert start(given, tmp_path / "whole") == whole
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == before
 
 
 def test_a_curve_over_numbers_of_films_and_seeds(tmp_path):
