@@ -312,6 +312,16 @@ def test_several_runs_without_an_encoder(tmp_path):
     ]
 
 
+def test_a_run_of_segment(tmp_path):
+    rows = [result("x", "right lung", 0.9, "dice", head="linear")]
+    run = workdir(tmp_path / "lungs", rows, {"task": "segment", "dataset": "synthetic", "data": {"films": 3}})
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+    overlays.save(run / "overlays" / "a.png", np.zeros((20, 20), np.uint8), np.ones((1, 20, 20), bool))
+    figures.run(config_file.get_config(), run)
+    assert {p.stem for p in (run / "figures").glob("*.png")} == {"training", "results", "overlays"}
+    assert "SYNTHETIC" in (run / "report.html").read_text()
+
+
 def test_the_config_offers_what_the_task_reads():
     config = config_file.get_config()
     assert isinstance(config, ConfigDict)

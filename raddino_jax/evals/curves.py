@@ -107,7 +107,7 @@ def results(workdir: Path) -> list[Picture]:
                  label=encoder)
     axis.set_xticks(range(len(classes)), classes, rotation=20)
     axis.set_ylabel(METRICS[metric])
-    axis.legend(edgecolor="none", framealpha=0.85, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, never over one
     sentence = _comparison(by) if ("teacher", "macro") in by else "Bars: means; whiskers: 95 % intervals."
     columns = ("encoder", "head", "class", "metric", "value", "std", "n")
     title = f"{METRICS[metric][0].upper() + METRICS[metric][1:]} per class ({rows[0]['data']} films)"

@@ -112,8 +112,8 @@ def _page(pictures: list[Picture], wanted, settings: dict, workdir: Path) -> str
 
 def _kind(wanted, settings: dict) -> str:
     """Whose films these are: made-up ones must not pass for a clinical result."""
-    if "data" not in settings:
+    sources = ", ".join(settings.get("data", {}).get("sources", ())) or settings.get("dataset", "")
+    if not sources:
         return f"Pictures of {wanted.encoder or 'several runs'}."
-    sources = ", ".join(settings["data"]["sources"])
     synthetic = "SYNTHETIC radiographs: nothing here is a clinical result" if "synthetic" in sources else "real films"
     return f"Trained on {sources} ({synthetic})."
