@@ -1,10 +1,15 @@
-"""Scores of predictions, scikit-learn's, with gaps and degenerate classes said instead of averaged over."""
+"""Scores of predictions, scikit-learn's, with gaps and degenerate classes said instead of averaged over; rows of them."""
 
+import json
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+from raddino_jax import logs
 
 SCORES = {"auprc": average_precision_score, "auroc": roc_auc_score}
 
@@ -36,3 +41,41 @@ def interval(values, level: float = 0.95) -> tuple[float, float]:
         return float(values.mean()), float("inf")
     half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean()), float(half)
+
+
+def row(
+    task: str, dataset: str, encoder: str, metric: str, name: str, values: Sequence[float], *,
+    n: int, folds: int, seed, data: str, config: str = "config.json", **more,
+) -> dict:
+    """One row of results.json. name: its class; values: of each repeat, NaN where undefined; n: films judged.
+
+    value and std are those of the defined repeats; interval is Student's 95 % one, None for a single repeat. A score
+    that no repeat defines has value None and a "reason"; "undefined" counts repeats left out. more: further fields.
+    """
+    values = np.asarray(values, float)
+    known = values[~np.isnan(values)]
+    found = dict(
+        task=task, dataset=dataset, encoder=encoder, metric=metric, value=None, std=None, interval=None, n=int(n),
+        folds=int(folds), seed=seed, data=data, config=config, **{"class": name},
+    ) | more
+    if len(known):
+        found["value"] = float(known.mean())
+    if len(known) > 1:
+        mean, half = interval(known)
+        found |= {"std": float(known.std(ddof=1)), "interval": [mean - half, mean + half]}
+    if len(known) < len(values):
+        found["undefined"] = len(values) - len(known)
+        found["reason"] = f"undefined in {len(values) - len(known)} of {len(values)} repeats: one class only"
+    return found
+
+
+def write_rows(workdir: Path, rows: Sequence[dict]) -> None:
+    """Write results.json whole: rows of the same task, dataset and encoder are replaced, others kept."""
+    path = Path(workdir) / "results.json"
+
+    def whose(row):
+        return row["task"], row["dataset"], row["encoder"]
+
+    fresh = {whose(row) for row in rows}
+    kept = [row for row in json.loads(path.read_text()) if whose(row) not in fresh] if path.exists() else []
+    logs.write_whole(path, json.dumps([*kept, *rows], indent=1) + "\n")
