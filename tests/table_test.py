@@ -221,7 +221,7 @@ def test_a_figure_finds_each_runs_resolution_in_the_config_that_trained_it(tmp_p
     text, lines = made(tmp_path, "figB1")
     assert {x["row"]: x["ours"] for x in lines} == {
         "224 px": "30.0 (1.2)", "322 px": "", "420 px": "40.0 (1.2)", "518 px": "50.0 (1.2)"}
-    assert "![Figure B.1" in text
+    assert "![Figure B.1" in text and "not in the paper" not in text
     picture = np.asarray(Image.open(tmp_path / "out" / "table_figB1.png").convert("L"))
     assert min(picture.shape) > 200 and len(np.unique(picture)) > 20
 
@@ -231,6 +231,7 @@ def test_a_figure_of_other_data_says_what_it_is(tmp_path):
     workdir(tmp_path / "runs" / "a", [row(**fields)], {"task": "pretrain", "views": {"global_size": 96}})
     text, lines = made(tmp_path, "figB1", dataset="synthetic")
     assert {x["row"]: x["ours"] for x in lines}["96"] == "70.0 (1.2) synthetic" and "SYNTHETIC films" in text
+    assert [x["reason"] for x in lines if x["row"] == "96"] == ["not in the paper"]
     assert not any(x["ours"] for x in made(tmp_path, "figB1")[1])  # VinDr-CXR's curve is not filled by them
 
 

@@ -9,7 +9,7 @@ import glob
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -219,8 +219,8 @@ def of_figure(figure: paper.Figure, results: Sequence[Result], dataset: str = ""
     for name in places.values():
         for column in classes:
             if (name, column) in found:
-                best = _best(found[name, column])
-                lines.append(_line(name, column, "", best, 1))
+                line = _line(name, column, "", _best(found[name, column]), 1)
+                lines.append(replace(line, reason="") if name in figure.places else line)
             elif name in figure.places:
                 command = figure.command.format(value=figure.places[name], preset=presets.get(name, ""))
                 lines.append(Line(name, column, command=command, reason=f"no run of it; needs {figure.needs}"))
@@ -262,6 +262,8 @@ def _draw(figure: paper.Figure, places: Sequence[str], classes: Sequence[str], r
         axis.errorbar(where, heights, reach, marker="o", capsize=3, color=colour, label=f"average precision, {column}")
         numbers += [{"place": place, "class": column} | dict(row) for place, row in zip(at, here, strict=True)]
     axis.set_xticks(range(len(places)), places)
+    axis.set_xlim(-0.4, len(places) - 0.6)
+    axis.set_xlabel(figure.by.split(".")[-1].replace("_", " "))
     axis.set_ylabel("x 100")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
