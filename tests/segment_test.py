@@ -177,6 +177,9 @@ def test_a_head_learns_and_is_told_apart_from_the_mean_mask(tmp_path):
     assert of["none", "dice", "macro", "ward: worst"]["value"] == min(row["value"] for row in wards)
     lines = list(csv.DictReader((tmp_path / "run" / "cases.csv").open()))
     assert len(lines) == 2 * 8
+    ward = [float(line["dice"]) for line in lines if line["encoder"] == "none" and line["dice"] and line["id"][4:6]
+            in ("22", "24", "26")]
+    assert wards[0]["std"] == pytest.approx(np.std(ward, ddof=1), abs=1e-5)
     known = [float(line["dice"]) for line in lines if line["encoder"] == "none" and line["dice"]]
     assert np.mean(known) == pytest.approx(unet["value"], abs=1e-5)
     assert len(list((tmp_path / "run" / "overlays").glob("*.png"))) == 1

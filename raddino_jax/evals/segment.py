@@ -169,7 +169,9 @@ class Task:
     def rows(self, encoder: str, head: str, index, judged, shots: int, seed: int) -> list[dict]:
         """Rows of results.json: each structure and their mean within films, all films and each stratum."""
         known = [self.source.cases[i] for i in index]
-        columns = {column: np.array([case.facts[column] for case in known]) for column in self.config.strata}
+        columns = {
+            column: np.array([str(case.facts[column]).strip() for case in known]) for column in self.config.strata
+        }
         patients = np.array([case.patient for case in known])
         common = dict(
             task="segment", dataset=self.config.dataset, encoder=encoder, head=head, films=shots, seed=seed,
@@ -181,9 +183,8 @@ class Task:
             if not has.any():
                 continue
             here = common | {"metric": metric, "class": name}
-            groups = {column: value[has] for column, value in columns.items()}
-            strata = fairness.strata(fairness.mean_of(values[has]), groups, patients[has])
-            rows += [here | dice.summary(values, patients), *(here | row for row in strata)]
+            rows.append(here | dice.summary(values, patients))
+            rows += [here | row for row in _strata(values[has], columns, has, patients[has])]
         return rows
 
     def write_cases(self, path: Path, index, by_encoder: dict) -> None:
@@ -285,6 +286,17 @@ def _scores(judged: dict, structures: Sequence[str]):
     for k, name in enumerate(structures):
         yield "false_positive_rate", name, np.where(np.isnan(share[:, k]), np.nan, share[:, k] > 0)
         yield "false_positive_share", name, share[:, k]
+
+
+def _strata(values: np.ndarray, columns: dict, has: np.ndarray, patients: np.ndarray) -> list[dict]:
+    """Rows of `fairness.strata` for one value per film, their std that over films, as in all other rows here."""
+    groups = {column: of[has] for column, of in columns.items()}
+    rows = fairness.strata(fairness.mean_of(values), groups, patients)
+    for row in rows:
+        column, _, name = row.get("worst", row["stratum"]).partition("=")
+        inside = values[groups[column] == name] if name else values
+        row["std"] = float(inside.std(ddof=1)) if len(inside) > 1 else None
+    return rows
 
 
 def _over_seeds(rows: list[dict]) -> list[dict]:
