@@ -6,7 +6,6 @@ frequent class of the train part would score.
 Letters: n films, D width.
 """
 
-import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -85,7 +84,7 @@ def run(config, workdir: Path) -> None:
     rows = []
     for name, features in chain(_features(config, people.films), [("majority", None)]):
         rows += judge(name, features, asked, people, config)
-    logs.write_whole(done, json.dumps(rows, indent=1) + "\n")
+    scores.write_rows(workdir, rows)
     _tell(rows)
 
 
@@ -147,13 +146,10 @@ def _about(source, names: list[str], config) -> tuple[np.ndarray, np.ndarray, di
 
 def _csv(source, names: list[str], config) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """The same of a folder's table."""
-    found = labels.read_csv(config.csv, source.files, (), config.file_column, config.patient_column, config.where)
-    column, _, wanted = config.where.partition("=")
-    with open(config.csv, newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if not column or row[column] == wanted]
-    if lacking := [name for name in names if name not in rows[0]]:
-        raise LabelError(f"{config.csv}: no column {', '.join(map(repr, lacking))}; the file has {', '.join(rows[0])}")
-    return found.films, found.patients, {name: np.array([row[name] for row in rows]) for name in names}
+    table = (config.csv, source.files)
+    found = labels.read_csv(*table, (), config.file_column, config.patient_column, config.where)
+    columns = {name: labels.read_column(*table, name, config.file_column, config.where, found.films) for name in names}
+    return found.films, found.patients, columns
 
 
 def classes_of(target: str, people: People, config) -> np.ndarray:
@@ -246,8 +242,11 @@ def judge(encoder: str, features: np.ndarray | None, asked: dict, people: People
             values.append(float(right[fold.test].mean()))
             rough, solvers = rough + (not converged), solvers | {solver}
         tested = np.flatnonzero(~np.isnan(right))
-        row = _row(encoder, target, values, len(tested), people, config)
-        row |= {"classes": len(set(classes) - {""}), "solver": "+".join(sorted(solvers)), "unconverged": rough}
+        row = scores.row(
+            "demographics", config.data.sources[0], encoder, "accuracy", target, values, n=len(tested),
+            folds=len(values), seed=config.seed, data=people.kind, classes=len(set(classes) - {""}),
+            solver="+".join(sorted(solvers)), unconverged=rough,
+        )
         if len(values) == 1:  # one split has no spread over folds; its interval is that of its patients
             row["interval"] = _interval(right, tested, people, config.seed)
         rows += [row, *_strata(row, right, tested, people, config)]
@@ -268,15 +267,6 @@ def _predict(features, classes: np.ndarray, fold: Fold, config, pixels: bool) ->
     train = features[fold.train]
     fitted = logistic.fit(train, classes[fold.train], settings)
     return fitted.predict(features[fold.test]), fitted.converged, logistic.solver_of(config.solver, train)
-
-
-def _row(encoder: str, target: str, values: list[float], n: int, people: People, config) -> dict:
-    mean, half = scores.interval(values)
-    return dict(
-        task="demographics", dataset="+".join(config.data.sources), encoder=encoder, metric="accuracy", value=mean,
-        std=float(np.std(values, ddof=1)) if len(values) > 1 else None, interval=[mean - half, mean + half], n=n,
-        folds=len(values), seed=config.seed, data=people.kind, config="config.json", **{"class": target},
-    )
 
 
 def _interval(right: np.ndarray, tested: np.ndarray, people: People, seed: int) -> list[float] | None:
