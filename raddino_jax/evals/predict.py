@@ -14,7 +14,7 @@ from PIL import Image
 
 from raddino_jax import checkpoints, logs
 from raddino_jax.data import cases, images, pipeline
-from raddino_jax.evals import fit, frames, heads, overlays, segment
+from raddino_jax.evals import frames, heads, overlays, segment
 
 
 def run(config, workdir: Path) -> None:
@@ -29,6 +29,7 @@ def run(config, workdir: Path) -> None:
     part = workdir / config.part
     variables, rules = load(part), json.loads((workdir / "structures.json").read_text())
     head = heads.build(trained, len(rules))
+    logits = segment.compiled(head, variables)
     films = pipeline.Folder(config.images, image_size=0)
     out = Path(config.out or workdir / "predictions")
     for folder in ("masks", "overlays"):
@@ -42,7 +43,8 @@ def run(config, workdir: Path) -> None:
         except images.ImageError as error:
             rejects.append(f'{path.relative_to(films.root)},"{error}"\n')
             continue
-        predicted = of_film(head, variables, film, trained.fit)
+        levels, frame = frames.framed(film, head.settings, trained.fit)
+        predicted = frames.over_film(logits(levels[None])[0], frame, film.shape) > 0
         _write(out, name, film, predicted, rules, config.separate)
     logs.write_whole(out / "rejects.csv", "file,reason\n" + "".join(rejects))
     logs.say(f"predict: {len(films.files) - len(rejects)} films in {out}, {len(rejects)} could not be read")
@@ -56,13 +58,6 @@ def load(workdir: Path) -> dict:
         raise cases.CaseError(
             f"{error}: run task=segment there first; of a curve, config.part names one of its folders"
         ) from None
-
-
-def of_film(head: heads.Head, variables: dict, film: np.ndarray, how: str) -> np.ndarray:
-    """bool [C, H, W] of a film uint8 [H, W]."""
-    levels, frame = frames.framed(film, head.settings, how)
-    predict = segment.predictor(head, variables, fit.Films(levels[None], np.zeros((1, 0, 0, 0), np.uint8)), 1)
-    return frames.over_film(predict(np.array([0]))[0], frame, film.shape) > 0
 
 
 def _write(out: Path, name: str, film: np.ndarray, predicted: np.ndarray, rules: dict, separate: bool) -> None:

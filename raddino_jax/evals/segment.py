@@ -216,18 +216,23 @@ def values_of(source) -> dict[str, int]:
 
 def predictor(head: heads.Head, variables: dict, films: Films, batch_size: int) -> Callable:
     """index -> logits [n, C, S, S] of those films."""
-    def logits(variables, frozen, inputs):
-        return head.logits(variables, inputs if films.featured else head.features(frozen, inputs))
-
-    compiled = jax.jit(logits)
+    logits = compiled(head, variables, films.featured)
 
     def predict(index):
         short = batch_size - len(index)  # one shape, one compilation
         padded = np.concatenate([index, np.repeat(index[:1], max(short, 0))])
-        out = np.asarray(compiled(variables, head.frozen, films.inputs[padded]))[: len(index)]
-        return np.moveaxis(out, -1, 1)
+        return logits(films.inputs[padded])[: len(index)]
 
     return predict
+
+
+def compiled(head: heads.Head, variables: dict, featured: bool = False) -> Callable:
+    """Levels uint8 [n, S, S], or features -> logits [n, C, S, S]."""
+    def logits(variables, frozen, inputs):
+        return head.logits(variables, inputs if featured else head.features(frozen, inputs))
+
+    run = jax.jit(logits)
+    return lambda inputs: np.moveaxis(np.asarray(run(variables, head.frozen, inputs)), -1, 1)
 
 
 def mean_mask(masks: np.ndarray) -> np.ndarray:
@@ -265,13 +270,13 @@ def _features(head, squares: np.ndarray, config) -> np.ndarray:
             f"features of {len(squares)} films take {gib:.1f} GiB, config.features_gib allows {config.features_gib:g}: "
             "raise it, or set config.augment=True, which computes them anew in every step"
         )
-    compiled, out = jax.jit(head.features), np.empty(shape, np.float32)
+    features, out = jax.jit(head.features), np.empty(shape, np.float32)
     began = time.perf_counter()
     for start in range(0, len(squares), config.batch_size):
         part = squares[start : start + config.batch_size]
         short = config.batch_size - len(part)
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), np.uint8)])
-        out[start : start + len(part)] = np.asarray(compiled(head.frozen, padded))[: len(part)]
+        out[start : start + len(part)] = np.asarray(features(head.frozen, padded))[: len(part)]
     logs.say(f"features of {len(squares)} films once, in {logs.duration(time.perf_counter() - began)} ({gib:.2f} GiB)")
     return out
 
