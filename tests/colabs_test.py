@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "colabs").glob("*.ipynb"))
-SLOW = ("segmentation",)  # those that take longer than 40 seconds of one core
+SLOW = ("quickstart", "segmentation")  # those that take longer than 40 seconds of one core
 
 
 def cells(path: Path) -> list:
