@@ -88,6 +88,7 @@ def test_a_run_stopped_on_one_mesh_of_this_process_goes_on_on_another(alone, tmp
     assert_same(walk_here(tmp_path, 1, 1), alone)
 
 
+@pytest.mark.slow
 def test_two_processes_with_split_parameters_walk_the_same_trajectory(alone, tmp_path):
     assert_same(walk(tmp_path / "several", (2, 1, 2)), alone)
 
