@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from raddino_jax import checkpoints, encoders, heartbeat, hosts, logs, sharding, starts, train
 from raddino_jax.data import labels, pipeline
-from raddino_jax.evals import demographics, figures, predict, probe, segment, table
+from raddino_jax.evals import demographics, figures, linear, predict, probe, segment, table
 
 
 def pretrain(config, workdir: Path, beat: train.Beat) -> None:
@@ -22,8 +22,13 @@ def pretrain(config, workdir: Path, beat: train.Beat) -> None:
     train.run(config, workdir, observe=probe.observe, beat=beat)
 
 
+def judge(config, workdir: Path) -> None:
+    """The paper's probe of any encoder (configs/probe.py), or that of a pre-training's own run, after it."""
+    (linear if "protocol" in config else probe).run(config, workdir)
+
+
 TASKS = {
-    "pretrain": pretrain, "probe": probe.run, "segment": segment.run, "predict": predict.run, "figures": figures.run,
+    "pretrain": pretrain, "probe": judge, "segment": segment.run, "predict": predict.run, "figures": figures.run,
     "demographics": demographics.run, "table": table.run,
 }  # fmt: skip
 

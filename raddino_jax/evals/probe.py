@@ -3,12 +3,10 @@
 Both are scored online while a run trains, and at its end against the run's own initialisation and against plain pixels.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -17,11 +15,10 @@ from raddino_jax import encoders, logs
 from raddino_jax.data import pipeline
 from raddino_jax.data.labels import Labels
 from raddino_jax.evals import scores
-from raddino_jax.models import vit
+from raddino_jax.evals.features import encode, raster
 
 PENALTIES = np.logspace(0, 5, 11)
 NEIGHBOURS = 20
-PIXELS = 32  # side of the grey raster that every encoder has to beat
 
 
 def split(patients: np.ndarray, seed: int, test: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +95,7 @@ def run(config, workdir: Path) -> None:
         for name, values in features.items()
         for row in _rows(name, values, labels, config, kind)
     ]
-    logs.write_whole(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
+    scores.write_rows(workdir, rows)
     for name in features:
         logs.say(_line(name, rows))
 
@@ -111,36 +108,22 @@ def _features(workdir: Path, films: list[np.ndarray], feature: str) -> Iterator[
     yield "pixels", lambda: np.stack([raster(film) for film in films])
 
 
-def encode(encoder, films: list[np.ndarray], feature: str, batch: int = 64) -> np.ndarray:
-    """Features [n, D] of films, in batches; feature: a key of `vit.FEATURES`."""
-    parts = [encoder(encoder.preprocess(films[i : i + batch])) for i in range(0, len(films), batch)]
-    return np.concatenate([np.asarray(vit.FEATURES[feature](part)) for part in parts])
-
-
-def raster(film: np.ndarray) -> np.ndarray:
-    """A film as 32 x 32 mean grey values."""
-    return np.asarray(Image.fromarray(film).resize((PIXELS, PIXELS), Image.Resampling.BOX), np.float32).ravel()
-
-
 def _rows(encoder: str, features: np.ndarray, labels: Labels, config, kind: str) -> list[dict]:
     seeds = [score(features, labels, seed) for seed in range(config.eval.seeds)]
-    rows = []
-    for metric, name in seeds[0]:
-        values = [s[metric, name] for s in seeds]
-        mean, half = scores.interval(values)
-        rows.append(dict(
-            task="probe", dataset="+".join(config.data.sources), encoder=encoder, metric=metric, value=mean,
-            std=float(np.std(values, ddof=1)) if len(values) > 1 else None, interval=[mean - half, mean + half],
-            n=len(labels), folds=1, seed=list(range(len(seeds))), data=kind, config="config.json", **{"class": name},
-        ))
-    return rows
+    about = dict(n=len(labels), folds=1, seed=list(range(len(seeds))), data=kind)
+    return [
+        scores.row(
+            "probe", "+".join(config.data.sources), encoder, metric, name, [s[metric, name] for s in seeds], **about
+        )
+        for metric, name in seeds[0]
+    ]
 
 
 def _line(encoder: str, rows: list[dict]) -> str:
     macro = {r["metric"]: r for r in rows if r["encoder"] == encoder and r["class"] == "macro"}
     auprc = macro["auprc"]
+    spread = "95 % interval {:.3f} to {:.3f}, ".format(*auprc["interval"]) if auprc["interval"] else ""
     return (
-        f"probe: {encoder:8s} macro AUPRC {auprc['value']:.3f} (95 % interval {auprc['interval'][0]:.3f} to "
-        f"{auprc['interval'][1]:.3f}, {len(auprc['seed'])} splits by patient)  AUROC {macro['auroc']['value']:.3f}  "
-        f"kNN accuracy {macro['knn_accuracy']['value']:.3f}  [{auprc['data']}]"
+        f"probe: {encoder:8s} macro AUPRC {auprc['value']:.3f} ({spread}{len(auprc['seed'])} splits by patient)  "
+        f"AUROC {macro['auroc']['value']:.3f}  kNN accuracy {macro['knn_accuracy']['value']:.3f}  [{auprc['data']}]"
     )

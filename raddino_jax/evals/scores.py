@@ -1,4 +1,4 @@
-"""Scores of predictions, scikit-learn's, with gaps and degenerate classes said instead of averaged over; rows of them."""
+"""Scores of predictions, scikit-learn's, with gaps and degenerate classes said instead of averaged over; rows."""
 
 import json
 import warnings
@@ -79,3 +79,9 @@ def write_rows(workdir: Path, rows: Sequence[dict]) -> None:
     fresh = {whose(row) for row in rows}
     kept = [row for row in json.loads(path.read_text()) if whose(row) not in fresh] if path.exists() else []
     logs.write_whole(path, json.dumps([*kept, *rows], indent=1) + "\n")
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """Mean over the classes that are defined; NaN where none is."""
+    known = np.asarray(values)[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -222,11 +222,29 @@ def split(tokens: Array, registers: int) -> dict[str, Array]:
     return {"cls": tokens[:, 0], "registers": tokens[:, 1:first], "patches": tokens[:, first:]}
 
 
+def grid_means(patches: Array, side: int = 3) -> Array:
+    """Patches [n, h, w, D], or [n, N, D] of a square, averaged over side x side regions: [n, side * side * D].
+
+    Where a side does not divide h, neighbouring regions share a row, as in adaptive pooling.
+    """
+    if patches.ndim == 3:
+        rows = round(patches.shape[1] ** 0.5)
+        patches = patches.reshape(len(patches), rows, rows, -1)
+    means = [
+        patches[:, k * h // side : -(-(k + 1) * h // side), j * w // side : -(-(j + 1) * w // side)].mean((1, 2))
+        for h, w in [patches.shape[1:3]]
+        for k in range(side)
+        for j in range(side)
+    ]
+    return jnp.concatenate(means, axis=-1)
+
+
 FEATURES = {  # one vector of a film from {"cls" [n, D], "patches" [n, ..., D]}, for probes
     "cls": lambda out: out["cls"],
     "cls+patches": lambda out: jnp.concatenate(
         [out["cls"], out["patches"].reshape(len(out["cls"]), -1, out["cls"].shape[-1]).mean(1)], axis=-1
     ),
+    "cls+grid": lambda out: jnp.concatenate([out["cls"], grid_means(out["patches"])], axis=-1),
 }
 
 
