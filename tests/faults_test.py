@@ -336,7 +336,9 @@ def test_the_flags_of_a_cluster_are_given_together_and_fit(given):
 
 
 def test_a_process_without_a_cluster_or_alone_in_it_is_alone():
-    hosts.join()
+    # In a process of its own: joining comes before the first use of a device.
+    joined = "from raddino_jax import hosts; hosts.join(); print(hosts.count(), hosts.index())"
+    assert subprocess.check_output([sys.executable, "-c", joined], text=True).split() == ["1", "0"]
     hosts.join("h:1", 1, 0)
     assert (hosts.count(), hosts.index(), hosts.client()) == (1, 0, None)
     assert hosts.gather("here", {"a": 1}) == [{"a": 1}] and hosts.share("here", 3) == 3
