@@ -34,10 +34,10 @@ def vit(**fields):
     return ViT(**(dict(width=16, depth=4, heads=2, patch_size=8, image_size=SIZE, layerscale=1.0) | fields))
 
 
-def encoder(network=None, name="tiny", settings=None):
+def encoder(network=None, name="tiny", settings=None, feature="cls"):
     network = network or vit()
     settings = settings or Preprocess(SIZE, SIZE, (0.5,), (0.25,))
-    return encoders.Encoder(name, network, encoders.random_params(network, settings.crop), settings)
+    return encoders.Encoder(name, network, encoders.random_params(network, settings.crop), settings, feature)
 
 
 @pytest.fixture
@@ -89,7 +89,8 @@ def test_layers_of_other_networks():
         batch = one.preprocess([np.eye(40, dtype=np.uint8) * 200])
         assert one.layers(batch).shape == (1, 4, 4, 4, 16)
         np.testing.assert_allclose(one.layers(batch)[:, -1], one(batch)["patches"], atol=1e-5)
-    resnet = encoder(BioViLT((1, 1, 1, 1), 4, image_size=64), settings=Preprocess(64, 64, (0.5,), (0.25,)))
+    settings = Preprocess(64, 64, (0.5,), (0.25,))
+    resnet = encoder(BioViLT((1, 1, 1, 1), 4, image_size=64), settings=settings, feature="patch_mean")
     with pytest.raises(ValueError, match="has no blocks, of which 4 could be read"):
         resnet.layers(np.zeros((1, 64, 64, 1), np.float32))
 
