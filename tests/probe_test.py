@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
-from raddino_jax.data.labels import LabelError, Labels, read_csv
+from raddino_jax.data.labels import LabelError, Labels, read_column, read_csv
 from raddino_jax.evals import probe, scores
 
 
@@ -129,3 +129,36 @@ def test_a_wrong_table_is_named_by_row_and_column(tmp_path, change, words):
     with pytest.raises(LabelError) as error:
         read(path)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_words_of_a_column_stand_beside_the_films(tmp_path):
+    path, changed = tmp_path / "labels.csv", rows()
+    for i, row in enumerate(changed):
+        row |= {"view": ["PA", " AP "][i % 2], "age": "" if i == 3 else str(40.5 + i)}
+    table(path, changed[::-1])
+    files = [path.parent / f"f{i}.png" for i in range(8)]
+
+    def words(column, films=None, where=""):
+        return list(read_column(str(path), files, column, "file", where, films))
+
+    assert words("view", range(8)) == ["PA", "AP"] * 4 and words("view") == ["AP", "PA"] * 4
+    assert words("age", [0, 3]) == ["40.5", ""]
+    assert words("age", where="site=b") == ["47.5", "46.5"]
+    with pytest.raises(LabelError, match="no column 'sex'"):
+        words("sex")
+    with pytest.raises(LabelError, match="column 'view': no row for film 'f2.png'"):
+        words("view", [7, 2], "site=b")
+
+
+def test_a_film_of_nobody_and_a_row_that_ends_early_are_named(tmp_path):
+    path, changed = tmp_path / "labels.csv", rows()
+    changed[4]["patient"] = " "
+    table(path, changed)
+    with pytest.raises(LabelError, match="row 6, column 'patient': empty"):
+        read(path)
+    table(path, rows())
+    path.write_text(path.read_text().replace("images/f3.png,p1,a,1.0", "images/f3.png,p1"))
+    with pytest.raises(LabelError, match="row 5, column 'effusion': the row ends before it"):
+        read(path)
+    with pytest.raises(LabelError, match="expected a CSV, could not read it"):
+        read(tmp_path / "nowhere.csv")
