@@ -47,10 +47,10 @@ def make_mesh(devices: Sequence[jax.Device], fsdp: int = 1) -> Mesh:
 def keep_memory() -> None:
     """On a CPU, let every step have the memory of the one before it. Call it before the first use of a device.
 
-    What a step needs in between is one allocation of gigabytes, which glibc hands back to the system after each step and
-    gets again, zeroed page by page: a quarter of a step's time. Here freed memory is kept, and programs run on the
-    thread that calls them, so that nobody else's allocation comes to lie in the gap. Changes nothing on accelerators,
-    with virtual devices, in one of several processes, or where the C library is not glibc.
+    What a step needs in between is one allocation of gigabytes. glibc hands it back to the system after each step, and
+    the next one gets it anew, zeroed page by page: a quarter of a step's time. Here freed memory is kept, and programs
+    run on the thread that calls them, so that nobody else's allocation comes to lie in the gap. Changes nothing on
+    accelerators, with virtual devices, in one of several processes, or where the C library is not glibc.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
