@@ -2,6 +2,7 @@
 
 import json
 
+import fake_trees
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from configs import probe as probe_config
+from raddino_jax import prepare
 from raddino_jax.data.labels import LabelError, Labels
 from raddino_jax.data.pipeline import DataError
 from raddino_jax.evals import fast, linear, scores, splits
@@ -307,3 +309,18 @@ def test_scores_are_sklearns_degenerate_columns_included(seed):
             assert found[k] == score(y[known, k], p[known, k])
         assert np.isnan(found[3:]).all()
         assert scores.mean_of_defined(found) == pytest.approx(found[:3].mean())
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_papers_datasets_have_what_their_rows_ask_for(tmp_path, monkeypatch, name):
+    tree = fake_trees.TREES[name](tmp_path)
+    prepare.prepare(name, str(tree.raw), str(tmp_path / "data"), **{"size": tree.size, "workers": 1} | tree.options)
+    config = config_of(tmp_path, f"fast,dataset={name}", encoder="pixels", repeats=0)
+    config.data.update(data_dir=str(tmp_path / "data"), image_size=tree.size)
+    given = []
+    monkeypatch.setattr(splits, "splits_of", lambda *args: given.append(args) or [Split(*[np.arange(3)] * 3)])
+    task = linear.open_task(config)
+    protocol, patients, official, _ = given[0]
+    assert protocol == PROTOCOLS[name] and task.labels.names == protocol.labels and task.kind == "real"
+    assert len(patients) == len(task.films) > 0 and np.nanmax(task.labels.values) <= 1
+    assert (official is None) == (protocol.kind != "official") and set(official or ()) <= {"train", "test"}
