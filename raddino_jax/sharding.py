@@ -19,7 +19,7 @@ from raddino_jax import params as trees
 
 BATCH = P(("data", "fsdp"))
 
-# Of jax.jit on a CPU. XLA's YNN kernels need AVX-512 to pay: without it a whole step of ViT-S takes 1.3 times as long as
+# Of jax.jit on a CPU. XLA's YNN kernels need AVX-512 to pay: without it a step of ViT-S takes 1.3 times as long as
 # with Eigen's, with it the step takes as long and encoding at 518 px a tenth less (two cores, jaxlib 0.10.2).
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
