@@ -146,6 +146,23 @@ CHEXBERT = [
     *_affine("linear_heads.{i}", "heads_{i}"),
 ]
 
+# LlamaForCausalLM of Hugging Face: Llama 2 and Vicuna, without biases and with a head of its own.
+LLAMA = [
+    Rule("model.embed_tokens.weight", "words"),
+    *(
+        Rule(f"model.layers.{{i}}.self_attn.{name}_proj.weight", f"layers_{{i}}/attn/{name}/kernel", LINEAR)
+        for name in "qkvo"
+    ),
+    *(
+        Rule(f"model.layers.{{i}}.mlp.{name}_proj.weight", f"layers_{{i}}/{name}/kernel", LINEAR)
+        for name in ("gate", "up", "down")
+    ),
+    Rule("model.layers.{i}.input_layernorm.weight", "layers_{i}/norm1/scale"),
+    Rule("model.layers.{i}.post_attention_layernorm.weight", "layers_{i}/norm2/scale"),
+    Rule("model.norm.weight", "norm/scale"),
+    Rule("lm_head.weight", "lm_head/kernel", LINEAR),
+]
+
 
 def _resnet(theirs: str, ours: str) -> list[Rule]:
     """A torchvision ResNet with bottlenecks, without its classifier."""

@@ -1,0 +1,181 @@
+"""Llama 2 (arXiv 2307.09288), which Vicuna is, as pure init/apply, with a key-value cache and greedy decoding.
+
+RMSNorm before each branch, rotary positions in the layout of the Hugging Face release (halves, not pairs), SwiGLU.
+Letters: n texts, T tokens at a time, S slots of the cache, D width, H heads, d = D / H, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Cache = Sequence[tuple[Array, Array]]  # keys and values [n, S, H, d] of each layer
+
+HIDDEN = -1e30  # a score that softmax turns into 0
+START, END, PADDING = 1, 2, 0  # of the released tokenizer; <unk> serves as padding
+
+_normal = nn.initializers.normal(0.02)
+
+
+class Llama(nn.Module):
+    """Embeddings -> logits; see `__call__`. The defaults are Llama-2-7B and Vicuna-7B v1.5.
+
+    hidden: width of the SwiGLU. theta: base of the rotary frequencies. eps: of RMSNorm.
+    """
+
+    vocabulary: int = 32_000
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    hidden: int = 11_008
+    positions: int = 4096
+    theta: float = 10_000.0
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.words = self.param("words", _normal, (self.vocabulary, self.width))
+        self.layers = [
+            Layer(self.heads, self.hidden, self.theta, self.eps, self.dtype) for _ in range(self.depth)
+        ]
+        self.norm = RMSNorm(self.eps, self.dtype)
+        self.lm_head = _dense(self.vocabulary, self.dtype)
+
+    def embed(self, tokens: Array) -> Array:
+        """Tokens int [n, T] -> embeddings [n, T, D], among which those of an image may be put."""
+        return self.words[tokens].astype(self.dtype)
+
+    def __call__(self, x: Array, mask: Array, cache: Cache = (), start: Array | int = 0) -> tuple[Array, Cache]:
+        """Embeddings x [n, T, D] -> (logits [n, T, V] float32, the cache with their keys and values).
+
+        mask: bool [n, S] over all slots, false for padding, which may stand on either side. Without a cache S is T.
+        start: the slot of the first token of x; slots after a token are never seen by it.
+        """
+        slots = start + jnp.arange(x.shape[1])
+        places = jnp.take(jnp.cumsum(mask, axis=1) - 1, slots, axis=1)
+        seen = mask[:, None, :] & (jnp.arange(mask.shape[1]) <= slots[:, None])
+        written = []
+        for i, layer in enumerate(self.layers):
+            x, pair = layer(x, places, seen, cache[i] if cache else None, start)
+            written.append(pair)
+        return self.lm_head(self.norm(x)).astype(jnp.float32), written
+
+    def empty(self, n: int, slots: int) -> Cache:
+        """A cache for n texts of at most `slots` tokens."""
+        zeros = jnp.zeros((n, slots, self.heads, self.width // self.heads), self.dtype)
+        return [(zeros, zeros)] * self.depth
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each on the normalised sum so far: [n, T, D] -> [n, T, D]."""
+
+    heads: int
+    hidden: int
+    theta: float
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, places: Array, seen: Array, cache, start) -> tuple[Array, tuple[Array, Array]]:
+        attention = Attention(self.heads, self.theta, self.dtype, name="attn")
+        attended, pair = attention(RMSNorm(self.eps, self.dtype, name="norm1")(x), places, seen, cache, start)
+        x = x + attended
+        y = RMSNorm(self.eps, self.dtype, name="norm2")(x)
+        gate, up = (_dense(self.hidden, self.dtype, name)(y) for name in ("gate", "up"))
+        return x + _dense(x.shape[-1], self.dtype, "down")(nn.silu(gate) * up), pair
+
+
+class Attention(nn.Module):
+    """A token attends to the slots in `seen` [n, T, S]."""
+
+    heads: int
+    theta: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, places: Array, seen: Array, cache, start) -> tuple[Array, tuple[Array, Array]]:
+        q, k, v = (
+            einops.rearrange(_dense(x.shape[-1], self.dtype, name)(x), "n t (h d) -> n t h d", h=self.heads)
+            for name in "qkv"
+        )
+        q, k = (rotate(y, places, self.theta) for y in (q, k))
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+        precision = _precision(self.dtype)
+        scores = jnp.einsum("nthd,nshd->nhts", q, k, precision=precision) / (q.shape[-1] ** 0.5)
+        scores = jnp.where(seen[:, None], scores.astype(jnp.float32), HIDDEN)
+        shares = jax.nn.softmax(scores).astype(self.dtype)
+        out = jnp.einsum("nhts,nshd->nthd", shares, v, precision=precision)
+        return _dense(x.shape[-1], self.dtype, "o")(einops.rearrange(out, "n t h d -> n t (h d)")), (k, v)
+
+
+class RMSNorm(nn.Module):
+    """x [..., D] / root mean square x scale; the statistics in float32."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale).astype(self.dtype)
+
+
+def rotate(x: Array, places: Array, theta: float) -> Array:
+    """x [n, T, H, d] turned by its places int [n, T]: component i together with i + d/2."""
+    half = x.shape[-1] // 2
+    angles = places[..., None, None] * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def greedy(model: Llama, params, x: Array, mask: Array, limit: int, end: int = END) -> Array:
+    """Prompts as embeddings x [n, T, D] -> the likeliest tokens int [n, limit], one after the other.
+
+    mask: bool [n, T], false for padding on either side; each prompt has a token at least. A text ends with `end`,
+    and PADDING follows. To be jitted with model, limit and end static. Raises ValueError for too many positions.
+    """
+    n, length = mask.shape
+    if length + limit > model.positions:
+        raise ValueError(f"expected at most {model.positions} positions, found {length} + {limit} new ones")
+    # The slots of new tokens count from the start: a token never sees the slots after its own.
+    mask = jnp.concatenate([mask.astype(bool), jnp.ones((n, limit), bool)], axis=1)
+    logits, cache = model.apply({"params": params}, x, mask, model.empty(n, length + limit))
+    last = length - 1 - jnp.argmax(mask[:, :length][:, ::-1], axis=1)
+    token = jnp.argmax(logits[jnp.arange(n), last], axis=-1)
+
+    def unfinished(state):
+        step, _, done, *_ = state
+        return (step < limit) & ~jnp.all(done)
+
+    def write(state):
+        step, token, done, texts, cache = state
+        token = jnp.where(done, PADDING, token)
+        texts, done = texts.at[:, step].set(token), done | (token == end)
+        x = model.apply({"params": params}, token[:, None], method="embed")
+        logits, cache = model.apply({"params": params}, x, mask, cache, length + step)
+        return step + 1, jnp.argmax(logits[:, 0], axis=-1), done, texts, cache
+
+    texts = jnp.full((n, limit), PADDING, token.dtype)
+    state = (0, token, jnp.zeros(n, bool), texts, cache)
+    return jax.lax.while_loop(unfinished, write, state)[3]
+
+
+def _precision(dtype) -> jax.lax.Precision | None:
+    """Float32 is meant: without this a TPU multiplies in bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _dense(features: int, dtype, name: str | None = None) -> nn.Dense:
+    return nn.Dense(
+        features, use_bias=False, dtype=dtype, precision=_precision(dtype), kernel_init=_normal, name=name
+    )
