@@ -1,6 +1,9 @@
 """Meshes: arrays are born in their place, and every mesh walks the same trajectory."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -218,3 +221,34 @@ def test_a_batch_that_comes_again_at_another_step_is_seen_in_other_views():
     losses = [float(step(fresh(at), batches[0])[1]["loss"]) for at in (0, 0, 1)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
     assert abs(losses[2] - losses[0]) > 1e-4 * losses[0]
+
+
+# --- memory on a CPU ------------------------------------------------------------------------------
+
+HELD = """
+import ctypes, resource, sys
+from raddino_jax import sharding
+if sys.argv[1] == "keep":
+    sharding.keep_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+size, faults = 2**28, []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is told to keep memory")
+def test_memory_that_was_freed_is_had_again_without_page_faults():
+    """A block of 256 MiB has 65,536 pages of 4 KiB; where the system gives huge ones, still 128."""
+    lone = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC")}
+    kept, returned = (
+        int(subprocess.check_output([sys.executable, "-c", HELD, word], env=lone, text=True).split()[-1])
+        for word in ("keep", "return")
+    )
+    assert kept < 64 <= returned, (kept, returned)

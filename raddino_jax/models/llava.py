@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raddino_jax.models.llama import END, PADDING, START
+
 Array = jax.Array
 Encode = Callable[[str], Sequence[int]]  # text -> tokens, without the start
 
 IMAGE = -200  # of LLaVA: no token of a vocabulary
 IGNORED = -100  # a label that is not learned
-START, END, PADDING = 1, 2, 0  # of the released tokenizer; <unk> serves as padding
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
