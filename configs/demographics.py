@@ -38,6 +38,9 @@ def get_config(arguments: str = "") -> ConfigDict:
         smallest=2,  # patients that a group needs to count as the worst
         films=0,  # at most so many, 0 = all
         seed=0,
+        encode_batch=32,
+        threads=2,  # that decode films
+        features_dir="~/.cache/raddino_jax/features",  # where features are kept
         # Of a folder: its table.
         csv="", file_column="file", patient_column="patient_id", where="",
         data=dict(sources=("mimic_iv",), weights=(), data_dir="", image_size=518, synthetic_size=400),

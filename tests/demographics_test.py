@@ -12,8 +12,14 @@ from configs import demographics as demographics_config
 from raddino_jax import prepare
 from raddino_jax.data.labels import LabelError
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import demographics
+from raddino_jax.evals import demographics, features
 from raddino_jax.evals.demographics import People
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Features are kept under the home folder unless a config says where."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 def config_of(arguments="", **fields):
@@ -211,20 +217,19 @@ def folder_config(films, table, **fields):
     return config
 
 
-def test_films_are_read_when_asked_for_and_the_walk_is_told(monkeypatch, capsys):
-    class Source:
-        read = []
-
-        def film(self, index):
-            self.read.append(index)
-            return np.full((2, 2), index, np.uint8)
-
-    clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(demographics.time, "perf_counter", lambda: next(clock))
-    films = demographics.Films(Source(), np.array([5, 3, 8, 1]), lambda film: film)
-    assert len(films) == 4 and not Source.read
-    assert [film[0, 0] for film in films[:2]] == [5, 3] and [film[0, 0] for film in films[2:4]] == [8, 1]
-    assert Source.read == [5, 3, 8, 1] and "film 2/4" in capsys.readouterr().err
+def test_features_are_computed_once_and_anew_when_a_film_changes(tmp_path, monkeypatch):
+    films, rows = folder(tmp_path)
+    config = folder_config(films, write(tmp_path / "t.csv", rows))
+    encoded, rasters = [], features._rasters
+    monkeypatch.setattr(features, "_rasters", lambda films: encoded.append(len(films)) or rasters(films))
+    for workdir in ("a", "b"):
+        (tmp_path / workdir).mkdir()
+        demographics.run(config, tmp_path / workdir)
+    assert encoded == [24] and read(tmp_path / "a") == read(tmp_path / "b")
+    Image.new("L", (32, 32), 99).save(next(films.rglob("*.png")))
+    (tmp_path / "c").mkdir()
+    demographics.run(config, tmp_path / "c")
+    assert encoded == [24, 24]
 
 
 def test_any_folder_with_a_table(tmp_path):

@@ -20,44 +20,18 @@ from raddino_jax import encoders, logs
 from raddino_jax.data import labels, pipeline, store
 from raddino_jax.data.labels import LabelError
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import fairness, logistic, probe, scores
+from raddino_jax.evals import fairness, features, logistic, scores
 from raddino_jax.models import vit
 
 PARTS = {"train": "train", "training": "train", "val": "train", "valid": "train", "validate": "train",
          "validation": "train", "dev": "train", "test": "test"}  # fmt: skip
 
 
-class Films(Sequence):
-    """Films of a source as squares uint8 [S, S], read when they are asked for: large sets do not fit in memory."""
-
-    def __init__(self, source, index: np.ndarray, square):
-        self.source, self.index, self.square = source, index, square
-        self.began = self.told = time.perf_counter()
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, place):
-        if isinstance(place, slice):
-            self._tell(place.start or 0)
-            return [self[i] for i in range(*place.indices(len(self)))]
-        return self.square(self.source.film(int(self.index[place])))
-
-    def _tell(self, done: int) -> None:
-        """Where a walk through the films is, every ten seconds."""
-        now = time.perf_counter()
-        if not done:
-            self.began = self.told = now
-        elif now - self.told > 10:
-            rate, self.told = done / (now - self.began), now
-            logs.say(f"film {done}/{len(self)}, {rate:.0f}/s, eta {logs.duration((len(self) - done) / rate)}")
-
-
 @dataclass(frozen=True)
 class People:
     """films [n], whom each is of, and columns of words about them; kind: synthetic or real."""
 
-    films: Sequence[np.ndarray]
+    films: features.Films
     patients: np.ndarray
     columns: dict[str, np.ndarray]
     kind: str
@@ -82,8 +56,8 @@ def run(config, workdir: Path) -> None:
     people = read_people(config)
     asked = {target: classes_of(target, people, config) for target in config.targets}
     rows = []
-    for name, features in chain(_features(config, people.films), [("majority", None)]):
-        rows += judge(name, features, asked, people, config)
+    for name, found in chain(_features(config, people.films), [("majority", None)]):
+        rows += judge(name, found, asked, people, config)
     scores.write_rows(workdir, rows)
     _tell(rows)
 
@@ -121,7 +95,7 @@ def read_people(config) -> People:
     index, patients = index[: config.films or None], patients[: config.films or None]
     logs.say(f"data: {source.kind.upper()} ({len(index)} films of {len(set(patients))} patients of {name})")
     columns = {name: column[: len(index)] for name, column in columns.items()}
-    return People(Films(source, index, pipeline.square(data)), patients, columns, source.kind)
+    return People(features.Films(source, index), patients, columns, source.kind)
 
 
 def _about(source, names: list[str], config) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -216,28 +190,28 @@ def _split(people: People, known: np.ndarray, column: str) -> Fold:
 # --- judging --------------------------------------------------------------------------------------------------
 
 
-def _features(config, films: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _features(config, films: features.Films) -> Iterator[tuple[str, np.ndarray]]:
     for name in (config.encoder, *config.beside):
         weights = config.weights if name == config.encoder else ""
         began = time.perf_counter()
-        if name == "pixels":
-            found = np.stack([probe.raster(film) for film in films])
-        else:
-            found = probe.encode(encoders.load(name, weights=weights), films, config.feature)
+        encoder = name if name == "pixels" else encoders.load(name, weights=weights)
+        found = features.cached(
+            encoder, films, config.feature, config.features_dir, config.encode_batch, config.threads
+        )  # fmt: skip
         took = logs.duration(time.perf_counter() - began)
         logs.say(f"features of {name}: {found.shape[1]} numbers a film, in {took}")
         yield name + (" (random weights)" if weights == "random" else ""), found
 
 
-def judge(encoder: str, features: np.ndarray | None, asked: dict, people: People, config) -> list[dict]:
-    """Rows of one encoder: accuracy of each target, over folds and in each stratum. features None: the majority."""
+def judge(encoder: str, x: np.ndarray | None, asked: dict, people: People, config) -> list[dict]:
+    """Rows of one encoder: accuracy of each target, over folds and in each stratum. x: features; None: the majority."""
     rows = []
     for target, classes in asked.items():
         known = np.flatnonzero(classes != "")
         right = np.full(len(classes), np.nan)  # of each film, by the fold that tests it
         values, rough, solvers = [], 0, set()
         for fold in folds_of(people, known, config):
-            predicted, converged, solver = _predict(features, classes, fold, config, encoder == "pixels")
+            predicted, converged, solver = _predict(x, classes, fold, config, encoder == "pixels")
             right[fold.test] = predicted == classes[fold.test]
             values.append(float(right[fold.test].mean()))
             rough, solvers = rough + (not converged), solvers | {solver}
@@ -253,20 +227,20 @@ def judge(encoder: str, features: np.ndarray | None, asked: dict, people: People
     return rows
 
 
-def _predict(features, classes: np.ndarray, fold: Fold, config, pixels: bool) -> tuple[np.ndarray, bool, str]:
+def _predict(x, classes: np.ndarray, fold: Fold, config, pixels: bool) -> tuple[np.ndarray, bool, str]:
     """Classes of the test films, whether the fit converged, and by which solver.
 
     pixels: standardised in any case. Grey levels far from 0 are so badly scaled that L-BFGS ends on their noise, and a
     baseline that is weak for such a reason would flatter the encoders beside it.
     """
-    if features is None:
+    if x is None:
         names, counts = np.unique(classes[fold.train], return_counts=True)
         return np.full(len(fold.test), names[counts.argmax()]), True, "none"
     standardize = config.standardize or pixels
     settings = logistic.Settings(config.c, config.max_iter, config.tol, standardize, config.solver)
-    train = features[fold.train]
+    train = x[fold.train]
     fitted = logistic.fit(train, classes[fold.train], settings)
-    return fitted.predict(features[fold.test]), fitted.converged, logistic.solver_of(config.solver, train)
+    return fitted.predict(x[fold.test]), fitted.converged, logistic.solver_of(config.solver, train)
 
 
 def _interval(right: np.ndarray, tested: np.ndarray, people: People, seed: int) -> list[float] | None:
