@@ -44,6 +44,7 @@ def get_config(arguments: str = "") -> ConfigDict:
             rotation=30.0, shear=15.0, scale=(0.8, 1.0), flip=0.5, gamma=(0.5, 1.5), brightness=0.2, contrast=0.2,
             noise=0.05, noisy=0.5,
         ),
+        strata=(),  # columns by whose groups scores are told apart
         films=0,  # at most so many, 0 = all
         encode_batch=32,
         threads=2,  # that decode films

@@ -15,7 +15,7 @@ from configs import probe as probe_config
 from raddino_jax import prepare
 from raddino_jax.data.labels import LabelError, Labels
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import fast, linear, scores, splits
+from raddino_jax.evals import fast, linear, scores, splits, varied
 from raddino_jax.evals.splits import PROTOCOLS, Protocol, Split
 
 
@@ -139,7 +139,7 @@ def test_features_that_know_are_used():
     x, labels, cut = three()
     recipe = fast.Recipe(lrs=(0.1,), epochs=30, batch_size=16, standardize=True)
     layers = fast.fit(x, labels.values, cut, recipe)
-    found = linear._scored(x, labels.values, cut[0], layers, 0, 0)
+    found = linear._scored(x, labels.values, cut[0], fast.logits(layers, 0, 0, x[cut[0].test]))
     guess = fast.logits(layers, 0, 0, x[cut[0].test])
     truth = labels.values[cut[0].test]
     assert found["auprc"][0] == average_precision_score(truth[:, 0], guess[:, 0]) > 0.9
@@ -151,7 +151,8 @@ def test_votes_stand_beside_their_films():
     x, labels, cut = three()
     shuffled = Split(cut[0].train, cut[0].val, np.random.default_rng(0).permutation(cut[0].test))
     layers = fast.fit(x, labels.values, cut[:1], RECIPE)
-    a, b = (linear._scored(x, labels.values, split, layers, 0, 0) for split in (cut[0], shuffled))
+    a, b = (linear._scored(x, labels.values, split, fast.logits(layers, 0, 0, x[split.test]))
+            for split in (cut[0], shuffled))
     for metric in a:
         np.testing.assert_allclose(a[metric], b[metric])
 
@@ -184,7 +185,8 @@ def config_of(tmp_path, arguments="fast,dataset=synthetic", **fields):
 
 
 def read(folder):
-    return {(r["encoder"], r["metric"], r["class"]): r for r in json.loads((folder / "results.json").read_text())}
+    rows = json.loads((folder / "results.json").read_text())
+    return {(r["encoder"], r["metric"], r["class"]): r for r in rows if "stratum" not in r}
 
 
 def test_pixels_of_drawn_films(tmp_path, capsys):
@@ -212,10 +214,10 @@ def test_an_encoder_on_films_varied_on_the_device(tmp_path):
 
 def test_a_film_without_variation_is_itself_and_with_it_is_not():
     film = jax.random.uniform(jax.random.key(0), (32, 32)) * 255
-    still = linear.Variation(0, 0, (1, 1), 0, (1, 1), 0, 0, 0, 0)
-    same = linear.vary(jax.random.key(1), jnp.round(film), still)
+    still = varied.Variation(0, 0, (1, 1), 0, (1, 1), 0, 0, 0, 0)
+    same = varied.vary(jax.random.key(1), jnp.round(film), still)
     assert jnp.abs(same - jnp.round(film)).max() <= 1
-    moved = [linear.vary(jax.random.key(k), film, linear.Variation()) for k in (1, 2)]
+    moved = [varied.vary(jax.random.key(k), film, varied.Variation()) for k in (1, 2)]
     assert jnp.abs(moved[0] - moved[1]).mean() > 5 and all(0 <= m.min() and m.max() <= 255 for m in moved)
 
 
@@ -225,14 +227,39 @@ def test_a_class_that_no_test_film_has_is_reported_and_not_averaged(tmp_path, go
     y = labels.values.copy()
     y[np.concatenate([split.test for split in cut[: gone + 1]]), 1] = 0
     config = config_of(tmp_path, encoder="e")
-    task = linear.Task(config, None, Labels(labels.names, y, labels.patients, labels.films), cut, Protocol(), "real")
+    known = Labels(labels.names, y, labels.patients, labels.films)
+    task = linear.Task(config, None, known, cut, Protocol(), "real", {})
     layers = fast.fit(x, y, cut, RECIPE)
-    found = [linear._scored(x, y, split, layers, k, 0) for k, split in enumerate(cut)]
+    found = [linear._scored(x, y, split, fast.logits(layers, k, 0, x[split.test])) for k, split in enumerate(cut)]
     rows = {(r["metric"], r["class"]): r for r in linear._rows(task, "e", found, {})}
     assert rows["auprc", "hard"]["undefined"] == gone + 1 and "one class only" in rows["auprc", "hard"]["reason"]
     assert rows["auprc", "macro"]["value"] == pytest.approx(
         np.mean([np.nanmean(repeat["auprc"]) for repeat in found]))
+    assert rows["auprc", "macro"]["left_out"] == {"hard": gone + 1}
     json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_a_group_is_scored_on_its_own_films_by_every_repeat(tmp_path):
+    x, labels, cut = three()
+    group = np.array(["a", "b"])[np.arange(len(x)) // 3 % 2]
+    task = linear.Task(config_of(tmp_path), None, labels, cut, Protocol(), "real", {"site": group})
+    guesses = [-x[split.test][:, 2:4] for split in cut]
+    found = [linear._scored(x, labels.values, *pair) for pair in zip(cut, guesses, strict=True)]
+    rows = linear.strata(task, linear._rows(task, "e", found, {}), guesses)
+    table = {(r["metric"], r["class"], r["stratum"]): r for r in rows}
+    assert len(rows) == 2 * 3 * 4  # metrics x (two classes and macro) x (two groups, all, worst)
+    for name in "ab":
+        by_hand = []
+        for split in cut:
+            mine = split.test[group[split.test] == name]
+            by_hand.append(average_precision_score(labels.values[mine, 0], -x[mine, 2]))
+        row = table["auprc", "easy", f"site={name}"]
+        assert row["value"] == pytest.approx(np.mean(by_hand))
+        assert row["interval"][0] < row["value"] < row["interval"][1]
+        assert row["patients"] == len(set(labels.patients[group == name]))
+    scored = next(r for r in linear._rows(task, "e", found, {}) if (r["metric"], r["class"]) == ("auprc", "easy"))
+    assert table["auprc", "easy", "site: all"]["value"] == pytest.approx(scored["value"])
+    assert table["auprc", "easy", "site: worst"]["gap"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -266,10 +293,13 @@ def folder(tmp_path, n=24):
 def test_any_folder_with_a_table_and_its_own_test_part(tmp_path):
     films = folder(tmp_path)
     config = config_of(tmp_path, "fast,dataset=folder", encoder="pixels", images=str(films), epochs=20,
-                       csv=str(tmp_path / "t.csv"), labels=("bright",), split_column="part", lrs=(0.1,))
+                       csv=str(tmp_path / "t.csv"), labels=("bright",), split_column="part", lrs=(0.1,),
+                       strata=("part",))
     linear.run(config, tmp_path)
     row = read(tmp_path)["pixels", "auprc", "bright"]
     assert row["protocol"] == "official" and row["n"] == 8 and row["value"] == 1 and row["data"] == "real"
+    with pytest.raises(LabelError, match="no column 'race'"):
+        linear.open_task(config_of(tmp_path, "fast,dataset=folder", **dict(config) | {"strata": ("race",)}))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------
@@ -307,6 +337,7 @@ def test_scores_are_sklearns_degenerate_columns_included(seed):
         for k in range(3):
             known = ~np.isnan(y[:, k])
             assert found[k] == score(y[known, k], p[known, k])
+        np.testing.assert_allclose(scores.per_class(metric, y, p, scores.QUICK), found, rtol=1e-12)
         assert np.isnan(found[3:]).all()
         assert scores.mean_of_defined(found) == pytest.approx(found[:3].mean())
 

@@ -1,7 +1,7 @@
 """task=probe: a linear layer on a frozen encoder, and a kNN vote beside it, by the protocols of `splits`.
 
 Learning rates are chosen by the validation part of each repeat; its test part is looked at once, by the layer chosen.
-Letters: n films, S pixels per side, B of a batch, D width, C classes, R repeats, L learning rates.
+Letters: n films, D width, C classes, R repeats.
 """
 
 import dataclasses
@@ -12,20 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from raddino_jax import augment, encoders, logs, sharding
+from raddino_jax import encoders, logs
 from raddino_jax.data import labels, pipeline, store
 from raddino_jax.data.labels import LabelError, Labels
 from raddino_jax.data.pipeline import DataError
-from raddino_jax.evals import deform, fast, features, frames, heads, probe, scores, splits
+from raddino_jax.evals import fairness, fast, features, heads, probe, scores, splits, varied
 from raddino_jax.models import vit
-
-Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,7 @@ class Task:
     splits: list[splits.Split]
     protocol: splits.Protocol
     kind: str
+    columns: dict[str, np.ndarray]  # of `config.strata`: the group of each film
 
 
 def run(config, workdir: Path) -> None:
@@ -103,7 +98,8 @@ def open_task(config) -> Task:
         f"data: {source.kind.upper()} ({config.dataset}: {len(found)} films of {len(set(found.patients))} patients; "
         f"{protocol.kind}, {len(cut)} repeats, the first of {sizes}; {', '.join(found.names)})"
     )
-    return Task(config, features.Films(source, found.films), found, cut, protocol, source.kind)
+    columns = {name: np.array(_column(config, source, found, protocol, name)) for name in config.strata}
+    return Task(config, features.Films(source, found.films), found, cut, protocol, source.kind, columns)
 
 
 def _source(config):
@@ -117,12 +113,25 @@ def _official(config, source, found: Labels, protocol: splits.Protocol) -> Seque
     """The split that the dataset gives each film, where the protocol asks for it."""
     if protocol.kind != "official":
         return None
-    if isinstance(source, store.Prepared):
-        return source.table[config.split_column or "split"].take(source.films[found.films]).to_pylist()
-    if isinstance(source, pipeline.Folder) and config.split_column:
-        told = (config.split_column, config.file_column, protocol.where)
-        return labels.read_column(config.csv, source.files, *told, films=found.films)
+    if isinstance(source, store.Prepared) or config.split_column:
+        return _column(config, source, found, protocol, config.split_column or "split")
     return None
+
+
+def _column(config, source, found: Labels, protocol: splits.Protocol, name: str) -> Sequence[str]:
+    """What a column says of each film, as words. Raises LabelError where there is no such column."""
+    if isinstance(source, pipeline.Folder):
+        told = (name, config.file_column, protocol.where)
+        return labels.read_column(config.csv, source.files, *told, films=found.films)
+    if isinstance(source, store.Prepared):
+        known = source.table.column_names
+        rows = source.table[name].take(source.films[found.films]).to_pylist() if name in known else ()
+    else:
+        about = [source.source.labels(int(film)) for film in found.films]
+        known, rows = list(about[0]), [one.get(name) for one in about]
+    if name not in known:
+        raise LabelError(f"{config.dataset} has no column {name!r}; it has {', '.join(known)}")
+    return [str(word) for word in rows]
 
 
 # --- judging --------------------------------------------------------------------------------------------------
@@ -148,14 +157,16 @@ def judge(task: Task, name: str) -> list[dict]:
         tuple(config.lrs), config.epochs, config.batch_size, config.weight_decay,
         config.standardize or name == "pixels", config.seed,
     )  # fmt: skip
-    varied = config.augment and name != "pixels"
-    if varied:
-        layers = fit_on_views(task, encoder, x, recipe)
+    augmented = config.augment and name != "pixels"
+    if augmented:
+        layers = varied.fit(task.films, task.labels.values, task.splits, encoder, x, config, recipe)
     else:
         layers = fast.fit(x, task.labels.values, task.splits, recipe)
     rates = [choose(x, task.labels.values, split, layers, k) for k, split in enumerate(task.splits)]
-    found = [_scored(x, task.labels.values, split, layers, k, rates[k]) for k, split in enumerate(task.splits)]
-    return _rows(task, name, found, {"lr": [config.lrs[rate] for rate in rates], "augment": varied})
+    guesses = [fast.logits(layers, k, rates[k], x[split.test]) for k, split in enumerate(task.splits)]
+    found = [_scored(x, task.labels.values, *pair) for pair in zip(task.splits, guesses, strict=True)]
+    rows = _rows(task, name, found, {"lr": [config.lrs[rate] for rate in rates], "augment": augmented})
+    return rows + strata(task, rows, guesses)
 
 
 def choose(x: np.ndarray, y: np.ndarray, split: splits.Split, layers: dict, repeat: int) -> int:
@@ -169,11 +180,10 @@ def choose(x: np.ndarray, y: np.ndarray, split: splits.Split, layers: dict, repe
     return 0 if np.isnan(macro).all() else int(np.nanargmax(macro))
 
 
-def _scored(x, y, split: splits.Split, layers: dict, repeat: int, rate: int) -> dict[str, np.ndarray]:
-    """{metric: value of each class} on the test part of a repeat. The vote is that of the train part."""
+def _scored(x, y, split: splits.Split, guess: np.ndarray) -> dict[str, np.ndarray]:
+    """{metric: value of each class} on the test part of a repeat; guess: what the layer says of it [n, C]."""
     truth, train, test = y[split.test], np.zeros(len(x), bool), np.zeros(len(x), bool)
     train[split.train], test[split.test] = True, True
-    guess = fast.logits(layers, repeat, rate, x[split.test])
     votes = np.empty_like(guess)
     votes[np.argsort(split.test)] = probe.vote(np.asarray(x), y, train, test)
     return {
@@ -193,8 +203,50 @@ def _rows(task: Task, name: str, found: list[dict], more: dict) -> list[dict]:
             known = {"n": np.sum(~np.isnan(truth[:, k])), "positives": int(np.nansum(truth[:, k]))}
             rows.append(_row(task, name, metric, label, values[:, k], known | about))
         macro = [scores.mean_of_defined(repeat) for repeat in values]
-        rows.append(_row(task, name, metric, "macro", macro, {"n": len(tested)} | about))
+        # A macro that has not the same classes in every repeat says so.
+        gaps = dict(zip(task.labels.names, np.isnan(values).sum(axis=0).tolist(), strict=True))
+        gaps = {"left_out": {label: count for label, count in gaps.items() if count}} if any(gaps.values()) else {}
+        rows.append(_row(task, name, metric, "macro", macro, {"n": len(tested)} | about | gaps))
     return rows
+
+
+def strata(task: Task, rows: list[dict], guesses: Sequence[np.ndarray]) -> list[dict]:
+    """Rows of AUPRC and AUROC in every group of the columns of `config.strata`.
+
+    A group's score is the mean over the repeats, each on the group's films of its test part; a resample of patients
+    goes through all repeats alike. guesses: of each repeat, [n, C] of its test part.
+    """
+    tested = np.unique(np.concatenate([split.test for split in task.splits]))
+    columns = {name: column[tested] for name, column in task.columns.items()}
+    found = []
+    for row in rows:
+        if columns and row["metric"] in scores.QUICK:
+            score = _score_of_films(task, row["metric"], row["class"], guesses, tested)
+            about = {name: row[name] for name in row if name not in ("positives", "reason", "undefined")}
+            groups = fairness.strata(score, columns, task.labels.patients[tested], seed=task.config.seed)
+            found += [about | group for group in groups]
+    return found
+
+
+def _score_of_films(task: Task, metric: str, label: str, guesses, tested: np.ndarray):
+    """The score of an index into `tested`, repeats allowed: its mean over the repeats that are defined."""
+    names = task.labels.names
+    chosen = [names.index(label)] if label in names else list(range(len(names)))
+    y, places = task.labels.values[:, chosen], []
+    for split in task.splits:
+        place = np.full(len(y), -1)
+        place[split.test] = np.arange(len(split.test))
+        places.append(place[tested])
+
+    def score(index: np.ndarray) -> float:
+        values = []
+        for place, guess in zip(places, guesses, strict=True):
+            judged = index[place[index] >= 0]
+            truth, said = y[tested[judged]], guess[place[judged]][:, chosen]
+            values.append(scores.mean_of_defined(scores.per_class(metric, truth, said, scores.QUICK)))
+        return scores.mean_of_defined(np.array(values))
+
+    return score
 
 
 def _row(task: Task, name: str, metric: str, label: str, values, about: dict) -> dict:
@@ -203,6 +255,7 @@ def _row(task: Task, name: str, metric: str, label: str, values, about: dict) ->
 
 def _tell(rows: list[dict]) -> None:
     """A line per class: AUPRC with its deviation, AUROC, and the vote's AUPRC; undefined scores are said."""
+    rows = [row for row in rows if "stratum" not in row]
     table = {(row["encoder"], row["class"], row["metric"]): row for row in rows}
     for encoder, label in dict.fromkeys((row["encoder"], row["class"]) for row in rows):
         row = table[encoder, label, "auprc"]
@@ -217,94 +270,3 @@ def _cell(row: dict) -> str:
     if row["value"] is None:
         return "undefined"
     return f"{row['value']:.3f}" + (f" ({row['std']:.3f})" if row["std"] is not None else "")
-
-
-# --- with augmentation ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variation:
-    """How films vary, hi-ml's numbers; noise: standard deviation in units of white, with a chance of `noisy`."""
-
-    rotation: float = 30.0
-    shear: float = 15.0
-    scale: tuple[float, float] = (0.8, 1.0)  # of the area that a crop keeps
-    flip: float = 0.5
-    gamma: tuple[float, float] = (0.5, 1.5)
-    brightness: float = 0.2
-    contrast: float = 0.2
-    noise: float = 0.05
-    noisy: float = 0.5
-
-
-def vary(key: Array, film: Array, settings: Variation) -> Array:
-    """A film, levels float32 [S, S], turned, cropped, mirrored, under another exposure, with noise."""
-    s = settings
-    turn, crop, mirror, grain = jax.random.split(key, 4)
-    moved = deform.Deformation(
-        affine=1.0, rotation=s.rotation, shear=s.shear, elastic=0.0, flip=0.0, gamma=s.gamma,
-        brightness=s.brightness, contrast=s.contrast,
-    )  # fmt: skip
-    film, _ = deform.deform(turn, film, jnp.zeros((*film.shape, 0), jnp.uint8), moved)
-    box = augment.crop_box(
-        jax.random.uniform(crop, (4, augment.CROP_TRIES)), film.shape, jnp.array(s.scale), (3 / 4, 4 / 3), "area"
-    )
-    film = augment.resized_crop(film, box, film.shape[0], jax.random.uniform(mirror) < s.flip)
-    chance, noise = jax.random.split(grain)
-    strength = 255 * s.noise * (jax.random.uniform(chance) < s.noisy)
-    return jnp.clip(film + strength * jax.random.normal(noise, film.shape), 0, 255)
-
-
-def fit_on_views(task: Task, encoder, x: np.ndarray, recipe: fast.Recipe) -> dict:
-    """As `fast.fit`, but every step sees its films varied anew and encodes them; repeats one after the other.
-
-    x: features of the films as they are, for standardising.
-    """
-    about = {"preprocess": repr(encoder.settings)}
-
-    def cut(film):
-        return frames.framed(film, encoder.settings, "crop")[0]
-
-    levels = features.squares(task.films, cut, about, task.config.features_dir)
-    step = jax.jit(_view_step(task.config, encoder, recipe), donate_argnums=0)
-    found = [_fit_one(task, encoder, x, levels, recipe, step, k) for k in range(len(task.splits))]
-    return {name: np.stack([layers[name] for layers in found]) for name in found[0]}
-
-
-def _view_step(config, encoder, recipe: fast.Recipe):
-    given = {name: tuple(v) if isinstance(v, list | tuple) else v for name, v in config.variation.items()}
-    variation = Variation(**given)
-    frozen_head = heads.Head(None, encoder.settings, None)  # levels to what the network reads
-
-    def step(states, frozen, levels, y, here, plan, lrs, number):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(jax.random.fold_in(plan.key, 1), number), jnp.arange(len(levels))
-        )
-        films = jax.vmap(lambda key, film: vary(key, film, variation))(keys, levels.astype(jnp.float32))
-        found = vit.FEATURES[config.feature](encoder._features(frozen, frozen_head.features({}, films)))
-        z = (jax.lax.stop_gradient(found).astype(jnp.float32) - plan.mean) / plan.scale
-        return jax.vmap(lambda state, lr: fast.update(state, z, y, here, lr, number, plan.steps, recipe))(states, lrs)
-
-    return step
-
-
-def _fit_one(task: Task, encoder, x, levels, recipe: fast.Recipe, step, repeat: int) -> dict:
-    plan = fast.plan(x, task.splits[repeat].train, recipe, repeat, encoder.mesh.size)
-    rows, everywhere = sharding.batch_sharding(encoder.mesh), NamedSharding(encoder.mesh, P())
-    first = fast.start(plan.key, x.shape[1], len(task.labels.names), recipe)
-    states = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(recipe.lrs), axis=0), first)
-    states, lrs = jax.device_put(states, everywhere), jnp.array(recipe.lrs)
-    constant = jax.device_put(plan._replace(order=None), everywhere)
-    began = told = time.perf_counter()
-    for number, index in enumerate(plan.order):
-        batch = [levels[index.clip(0)], task.labels.values[index.clip(0)], index >= 0]
-        batch = [jax.device_put(part, rows) for part in batch]
-        states = step(states, encoder.params, *batch, constant, lrs, jnp.int32(number))
-        if (now := time.perf_counter()) - told > 10:
-            jax.block_until_ready(states)
-            now = told = time.perf_counter()
-            done = number + 1
-            logs.say(f"probe: repeat {repeat + 1}/{len(task.splits)}, step {done}/{len(plan.order)}, "
-                     f"eta {logs.duration((now - began) * (len(plan.order) - done) / done)}")
-    layers = {name: np.asarray(value) for name, value in states.params.items()}
-    return layers | {"mean": plan.mean, "scale": plan.scale}
