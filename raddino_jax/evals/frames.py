@@ -35,19 +35,19 @@ def framed(film: np.ndarray, settings: Preprocess, fit: str = "crop") -> tuple[n
     if fit == "pad":
         top, left = (side - height) // 2, (side - width) // 2
         film = np.pad(film, [(top, side - height - top), (left, side - width - left)])
-        seen = _seen((side, side), settings)
-        frame = Frame(seen.top - top, seen.left - left, seen.height, seen.width)
+        shown = seen((side, side), settings)
+        frame = Frame(shown.top - top, shown.left - left, shown.height, shown.width)
     elif fit == "stretch":
         film = np.asarray(Image.fromarray(film).resize((side, side), Image.Resampling.BICUBIC))
-        seen, down, across = _seen((side, side), settings), height / side, width / side
-        frame = Frame(seen.top * down, seen.left * across, seen.height * down, seen.width * across)
+        shown, down, across = seen((side, side), settings), height / side, width / side
+        frame = Frame(shown.top * down, shown.left * across, shown.height * down, shown.width * across)
     else:
-        frame = _seen(film.shape, settings)
+        frame = seen(film.shape, settings)
     levels = dataclasses.replace(settings, mean=(0.0,), std=(1.0,), scale=255.0, standardize=False)
     return np.rint(square(film, levels)).clip(0, 255).astype(np.uint8), frame
 
 
-def _seen(shape: tuple[int, int], settings: Preprocess) -> Frame:
+def seen(shape: tuple[int, int], settings: Preprocess) -> Frame:
     """What `preprocess.square` shows of a film of this shape."""
     height, width = shape
     if settings.pad:

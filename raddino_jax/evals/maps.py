@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from raddino_jax.data.pipeline import DataError
+from raddino_jax.evals import frames
 from raddino_jax.evals.picture import Picture, films_grid
 from raddino_jax.models import vit
 
@@ -52,12 +53,8 @@ class Window:
 
 def window(encoder, shape: tuple[int, int]) -> Window:
     """Where the encoder's square lies in a film of height x width pixels."""
-    height, width = shape
-    settings = encoder.settings
-    # The centre of the film scaled by its short side, or all of it, padded to a square.
-    side = max(shape) if settings.pad else min(shape) * settings.crop / settings.resize
-    patches = encoder.image_size // encoder.patch_size
-    return Window((width - side) / 2, (height - side) / 2, side, (patches, patches))
+    frame, patches = frames.seen(shape, encoder.settings), encoder.image_size // encoder.patch_size
+    return Window(frame.left, frame.top, min(frame.height, frame.width), (patches, patches))
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------
