@@ -12,4 +12,6 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 use_venv test
+# The whole suite runs in a process per core, at most four, each with files of its own.
+if [ $# -eq 0 ]; then set -- --numprocesses=auto --maxprocesses=4 --dist=loadfile; fi
 exec "$python" -m pytest "$@"
