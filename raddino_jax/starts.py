@@ -25,6 +25,7 @@ HARMLESS = (
     "log_every", "checkpoint_every", "keep", "keep_every", "eval_every", "then", "data.threads", "data.prefetch",
     "data.cache_gib", "data.data_dir", "model.remat", "model.attention", "loss.logits_budget", "mesh.fsdp",
 )
+OF_A_START = {"config.json", "starts.jsonl", "lock"}  # what a workdir holds before anything is computed
 SEEN_WITHIN = 30.0  # seconds in which a file must show up on another host; NFS caches a folder for that long
 
 
@@ -91,6 +92,7 @@ class Workdir:
     def settle(self, config, differences: Callable[[dict, dict], list[str]], force: bool = False) -> None:
         """Write config.json, or refuse a workdir that belongs to another config. Says what differs.
 
+        A start that ended before it had computed anything, as with a wrong config, does not claim the workdir.
         differences(old, new) -> "field: old -> new" of two configs.
         """
         text = config.to_json(indent=2, sort_keys=True) + "\n"
@@ -105,13 +107,13 @@ class Workdir:
                 raise WorkdirError(f"{path} is damaged ({error}): restore it, or give another --workdir") from error
             changed = differences(old, json.loads(text))
             grave = [line for line in changed if line.partition(":")[0] not in HARMLESS]
-            if grave and not force:
+            if grave and not force and {file.name for file in self.path.iterdir()} - OF_A_START:
                 raise WorkdirError(
                     f"{self.path} belongs to a run with another config; give another --workdir, take these back, or "
                     "go on with --force:\n" + "\n".join(f"  - {line}" for line in grave)
                 )
             for line in changed:
-                logs.say(f"config changed: {line}" + (" (forced)" if line in grave else ""))
+                logs.say(f"config changed: {line}" + (" (forced)" if force and line in grave else ""))
         logs.write_whole(path, text)
 
     def record(self, config, devices: list[jax.Device]) -> None:

@@ -173,6 +173,9 @@ def test_a_run_of_ones_own_takes_the_row_that_it_is_called(tmp_path):
     fields = dict(task="probe", dataset="vindr_cxr", metric="auprc", name="macro", encoder="teacher")
     fresh = workdir(tmp_path / "runs" / "fresh", [row(**fields, value=0.44)])
     workdir(tmp_path / "runs" / "other", [row(**fields, value=0.11)])
+    _, lines = made(tmp_path, "B1")
+    lacking = [x for x in lines if x["row"] == "RAD-DINO random init"]
+    assert lacking and all("encoder=runs/RAD-DINO_random_init --" in x["command"] for x in lacking)
     _, lines = made(tmp_path, "B1", called=(f"{fresh}=RAD-DINO random init",))
     shown = {x["row"]: x["ours"] for x in lines if x["class"] == "Agg."}
     assert shown["RAD-DINO random init"] == "44.0 (1.2)" and shown["teacher"] == "11.0 (1.2)"

@@ -178,10 +178,13 @@ def _cells(table: paper.Table, results, dataset: str) -> Iterator[tuple[Line, Re
 
 def _empty(table: paper.Table, row: str, column: str, printed: str) -> Line:
     who, what = table.rows[row], _wanted(table, column, "")
+    name, own = who["encoder"].replace(" ", "_"), ""
     command = paper.COMMANDS[what["task"]].format(
-        encoder=who["encoder"].replace(" ", "_"), head=who.get("head", what.get("head", "")), dataset=what["dataset"]
+        encoder=name, head=who.get("head", what.get("head", "")), dataset=what["dataset"]
     ) + table.more
-    own = "" if who["encoder"] in (*paper.ENCODERS.values(), "none") else "; the encoder is a run of yours (called)"
+    if who["encoder"] not in (*paper.ENCODERS.values(), "none"):
+        command = command.replace(f"encoder={name}", f"encoder=runs/{name}")
+        own = "; the encoder is a run of yours (called)"
     return Line(row, column, printed, command=command, reason=f"no run of it; needs {table.needs}{own}")
 
 
