@@ -13,15 +13,12 @@ release.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +35,7 @@ Arrays = Mapping[str, np.ndarray]
 def convert(src: str, dst: str | Path, to: str) -> str:
     """Write DST and return the report. Raises WeightsError, and leaves nothing behind, where it cannot."""
     dst = Path(dst)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise WeightsError(f"{dst} is there already; give another place, or delete it first")
+    files.check_new(dst)
     if dst.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise WeightsError(f"{dst}: expected the name of a folder; the files in it have names of their own")
     source = encoders.open_source(src, with_heads=True)
@@ -52,24 +48,10 @@ def convert(src: str, dst: str | Path, to: str) -> str:
             f"films of {crop} pixels on positions stored for {grid}: transformers resizes these without the offset of "
             "DINOv2's hub, so features differ slightly between the two"
         )
-    with _new_folder(dst) as folder:
+    with files.new_folder(dst) as folder:
         WRITERS[to](source, trees, folder)
         report = _report(source, folder, dst)
     return report
-
-
-@contextlib.contextmanager
-def _new_folder(dst: Path) -> Iterator[Path]:
-    """A temporary folder beside DST that becomes DST when all has gone well, and is deleted otherwise."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    folder = dst.parent / f".{dst.name}.unfinished-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        os.replace(folder, dst)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- the formats --------------------------------------------------------------------------------------------

@@ -149,6 +149,39 @@ def test_back_to_a_folder_that_transformers_opens(reference, tmp_path):
     assert all(np.array_equal(flat_again[name], flat[name]) for name in flat)
 
 
+def test_the_tokenizer_goes_along_and_nothing_else(reference, tmp_path):
+    sizes, flat = folders.read(save(reference, tmp_path / "theirs", "safetensors"))
+    given = {name: name.encode() for name in (*folders.TOKENIZER[:3], "README.md")}
+    for name, content in given.items():
+        (tmp_path / "theirs" / name).write_bytes(content)
+    folders.write(tmp_path / "ours", sizes, flat, tmp_path / "theirs")
+    there = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    for name in folders.TOKENIZER[:3]:
+        assert there[name] == given[name]
+    assert "README.md" not in there
+
+
+def test_a_folder_is_written_whole_or_not_at_all(reference, tmp_path, monkeypatch):
+    sizes, flat = folders.read(save(reference, tmp_path / "theirs", "safetensors"))
+    write, target = folders.files.write, tmp_path / "new" / "ours"
+
+    def full(path, arrays):
+        assert not target.exists()
+        if path.name.startswith("model-00002"):
+            raise OSError("No space left on device")
+        write(path, arrays)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(folders.files, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            folders.write(target, sizes, flat, shard=20_000)
+    assert not any((tmp_path / "new").iterdir())
+    folders.write(target, sizes, flat, shard=20_000)
+    with pytest.raises(WeightsError, match="is there already"):
+        folders.write(target, sizes, flat)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ours"]
+
+
 @pytest.mark.parametrize("change", [
     {"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"rope_parameters": {"rope_type": "linear"}},
 ])  # fmt: skip

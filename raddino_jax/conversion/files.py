@@ -1,8 +1,11 @@
 """Weights files on disk: safetensors, PyTorch files, both also in several shards. Told by content, not by name."""
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -80,9 +83,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{index}: expected names of files beside it, found {', '.join(names)}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise WeightsError(
-            f"{index}: {len(missing)} of {len(names)} shards are not there: {', '.join(missing)}"
-        )
+        raise WeightsError(f"{index}: {len(missing)} of {len(names)} shards are not there: {', '.join(missing)}")
     arrays = {}
     for name in names:
         arrays |= read(index.parent / name)
@@ -130,6 +131,26 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     mode = path.stat().st_mode
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, {"format": "pt"})
     path.chmod(mode)  # which safetensors takes away from everybody else
+
+
+def check_new(folder: Path) -> None:
+    """Raise WeightsError where there is something at a place that is to become a folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise WeightsError(f"{folder} is there already; give another place, or delete it first")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that becomes it when all has gone well, and is deleted otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.unfinished-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def find(folder: Path) -> Path | None:

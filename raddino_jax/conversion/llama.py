@@ -1,6 +1,7 @@
 """Llama and Vicuna as Hugging Face folders: config.json beside weights in one file or in shards."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ SIZES = {
     "rms_norm_eps": "eps",
 }
 SHARD = 5 * 10**9  # bytes in a file, as Hugging Face cuts them
+# What releases have beside the weights for whoever turns text into tokens and back.
+TOKENIZER = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -33,14 +39,15 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises WeightsError for whatever is no Llama of the second generation without extras.
     """
     folder = Path(folder)
-    sizes = _sizes(folder / "config.json")
+    sizes = read_sizes(folder / "config.json")
     weights = files.find(folder)
     if weights is None:
         raise WeightsError(f"{folder}: expected one of {', '.join(files.NAMES)}, found none")
     return sizes, FORMAT.read(files.read(weights), str(weights))
 
 
-def _sizes(path: Path) -> dict[str, Any]:
+def read_sizes(path: Path) -> dict[str, Any]:
+    """A config.json -> fields of `models.llama.Llama`. Raises WeightsError as `read` does."""
     try:
         config = json.loads(path.read_text())
         sizes = {ours: config[theirs] for theirs, ours in SIZES.items()}
@@ -67,10 +74,30 @@ def _sizes(path: Path) -> dict[str, Any]:
     return sizes | {"theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))}
 
 
-def write(folder: Path, sizes: Mapping[str, Any], ours: Mapping[str, np.ndarray], shard: int = SHARD) -> None:
-    """The inverse of `read`, as safetensors: a folder that transformers opens. shard: bytes in a file at most."""
+def write(
+    folder: Path,
+    sizes: Mapping[str, Any],
+    ours: Mapping[str, np.ndarray],
+    source: Path | None = None,
+    shard: int = SHARD,
+) -> None:
+    """The inverse of `read`, as safetensors: a new folder that transformers opens, there whole or not at all.
+
+    source: the folder from which the weights came, whose tokenizer goes along. shard: bytes in a file at most.
+    Raises WeightsError where there is something already.
+    """
+    folder = Path(folder)
+    files.check_new(folder)
     foreign = rules.write(tables.LLAMA, ours, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.new_folder(folder) as unfinished:
+        _write_weights(unfinished, foreign, shard)
+        (unfinished / "config.json").write_text(json.dumps(_config(sizes, foreign), indent=2) + "\n")
+        for path in (Path(source) / name for name in TOKENIZER) if source else ():
+            if path.is_file():
+                shutil.copyfile(path, unfinished / path.name)
+
+
+def _write_weights(folder: Path, foreign: Mapping[str, np.ndarray], shard: int) -> None:
     parts = list(_parts(foreign, shard))
     names = {}
     for i, part in enumerate(parts):
@@ -80,7 +107,6 @@ def write(folder: Path, sizes: Mapping[str, Any], ours: Mapping[str, np.ndarray]
     total = sum(value.nbytes for value in foreign.values())
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(_config(sizes, foreign), indent=2) + "\n")
 
 
 def _parts(arrays: Mapping[str, np.ndarray], limit: int) -> Iterator[dict[str, np.ndarray]]:
