@@ -32,6 +32,8 @@ PARAMETER_RULES = [
     (r"(qkv|fc1|w12|mlp_0|mlp_2)/kernel$", P(None, "fsdp")),
     (r"(proj|fc2|w3|mlp_4)/kernel$", P("fsdp", None)),
     (r"last_layer/weight_[gv]$", P("fsdp", None)),
+    (r"/(q|k|v|gate|up|lm_head)/(kernel|b)$", P(None, "fsdp")),
+    (r"/(o|down)/(kernel|a)$|llama/words$", P("fsdp", None)),
     (r"", P()),
 ]
 
@@ -92,6 +94,20 @@ def shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, spec if fits else P())
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(tree, mesh: Mesh):
+    """A tree of arrays, the same on every host or on devices already -> the tree over the mesh, by `shardings`.
+
+    Each device is handed its part alone: what is larger than a device's memory fits.
+    """
+    def one(array, where):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, where)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
 
 
 def born_sharded(init: Callable, mesh: Mesh, *args):

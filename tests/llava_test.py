@@ -90,7 +90,8 @@ def test_projector_size():
 def test_loss_is_pytorchs():
     logits = np.random.default_rng(1).normal(size=(2, 5, 6)).astype(np.float32)
     labels = np.array([[IGNORED, IGNORED, 3, 2, IGNORED], [IGNORED, 4, 0, 5, 2]])
-    total, count = llava.loss(jnp.asarray(logits), jnp.asarray(labels))
+    targets = llava.targets(jnp.asarray(labels))
+    total, count = llava.loss(jnp.asarray(logits), targets), jnp.sum(targets != IGNORED)
     wanted = torch.nn.functional.cross_entropy(
         torch.tensor(logits[:, :-1].reshape(-1, 6)), torch.tensor(labels[:, 1:].reshape(-1)), reduction="sum"
     )

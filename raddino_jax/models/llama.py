@@ -5,6 +5,7 @@ Letters: n texts, T tokens at a time, S slots of the cache, D width, H heads, d 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import einops
 import flax.linen as nn
@@ -15,6 +16,7 @@ Array = jax.Array
 Cache = Sequence[tuple[Array, Array]]  # keys and values [n, S, H, d] of each layer
 
 HIDDEN = -1e30  # a score that softmax turns into 0
+LORA_SCALE = 2.0  # alpha / rank of LLaVA's script
 START, END, PADDING = 1, 2, 0  # of the released tokenizer; <unk> serves as padding
 
 _normal = nn.initializers.normal(0.02)
@@ -23,7 +25,8 @@ _normal = nn.initializers.normal(0.02)
 class Llama(nn.Module):
     """Embeddings -> logits; see `__call__`. The defaults are Llama-2-7B and Vicuna-7B v1.5.
 
-    hidden: width of the SwiGLU. theta: base of the rotary frequencies. eps: of RMSNorm.
+    hidden: width of the SwiGLU. theta: base of the rotary frequencies. eps: of RMSNorm. remat: a layer is computed
+    again in the backward pass. Variables of the collection "lora" are added to the linear layers, see `Linear`.
     """
 
     vocabulary: int = 32_000
@@ -35,21 +38,32 @@ class Llama(nn.Module):
     theta: float = 10_000.0
     eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
+        layer = nn.remat(Layer) if self.remat else Layer
         self.words = self.param("words", _normal, (self.vocabulary, self.width))
         self.layers = [
-            Layer(self.heads, self.hidden, self.theta, self.eps, self.dtype) for _ in range(self.depth)
+            layer(self.heads, self.hidden, self.theta, self.eps, self.dtype) for _ in range(self.depth)
         ]
         self.norm = RMSNorm(self.eps, self.dtype)
-        self.lm_head = _dense(self.vocabulary, self.dtype)
+        self.lm_head = Linear(self.vocabulary, self.dtype)
 
     def embed(self, tokens: Array) -> Array:
         """Tokens int [n, T] -> embeddings [n, T, D], among which those of an image may be put."""
         return self.words[tokens].astype(self.dtype)
 
     def __call__(self, x: Array, mask: Array, cache: Cache = (), start: Array | int = 0) -> tuple[Array, Cache]:
-        """Embeddings x [n, T, D] -> (logits [n, T, V] float32, the cache with their keys and values).
+        """Embeddings x [n, T, D] -> (logits [n, T, V] float32, the cache with their keys and values); see `states`."""
+        states, written = self.states(x, mask, cache, start)
+        return self.logits(states), written
+
+    def logits(self, states: Array) -> Array:
+        """The last states of tokens [..., D] -> logits [..., V] float32."""
+        return self.lm_head(states).astype(jnp.float32)
+
+    def states(self, x: Array, mask: Array, cache: Cache = (), start: Array | int = 0) -> tuple[Array, Cache]:
+        """Embeddings x [n, T, D] -> (what `logits` reads of each token [n, T, D], the cache).
 
         mask: bool [n, S] over all slots, false for padding, which may stand on either side. Without a cache S is T.
         start: the slot of the first token of x; slots after a token are never seen by it.
@@ -61,7 +75,7 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             x, pair = layer(x, places, seen, cache[i] if cache else None, start)
             written.append(pair)
-        return self.lm_head(self.norm(x)).astype(jnp.float32), written
+        return self.norm(x), written
 
     def empty(self, n: int, slots: int) -> Cache:
         """A cache for n texts of at most `slots` tokens."""
@@ -84,8 +98,8 @@ class Layer(nn.Module):
         attended, pair = attention(RMSNorm(self.eps, self.dtype, name="norm1")(x), places, seen, cache, start)
         x = x + attended
         y = RMSNorm(self.eps, self.dtype, name="norm2")(x)
-        gate, up = (_dense(self.hidden, self.dtype, name)(y) for name in ("gate", "up"))
-        return x + _dense(x.shape[-1], self.dtype, "down")(nn.silu(gate) * up), pair
+        gate, up = (Linear(self.hidden, self.dtype, name=name)(y) for name in ("gate", "up"))
+        return x + Linear(x.shape[-1], self.dtype, name="down")(nn.silu(gate) * up), pair
 
 
 class Attention(nn.Module):
@@ -98,7 +112,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, places: Array, seen: Array, cache, start) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = (
-            einops.rearrange(_dense(x.shape[-1], self.dtype, name)(x), "n t (h d) -> n t h d", h=self.heads)
+            einops.rearrange(Linear(x.shape[-1], self.dtype, name=name)(x), "n t (h d) -> n t h d", h=self.heads)
             for name in "qkv"
         )
         q, k = (rotate(y, places, self.theta) for y in (q, k))
@@ -112,7 +126,30 @@ class Attention(nn.Module):
         scores = jnp.where(seen[:, None], scores.astype(jnp.float32), HIDDEN)
         shares = jax.nn.softmax(scores).astype(self.dtype)
         out = jnp.einsum("nhts,nshd->nthd", shares, v, precision=precision)
-        return _dense(x.shape[-1], self.dtype, "o")(einops.rearrange(out, "n t h d -> n t (h d)")), (k, v)
+        return Linear(x.shape[-1], self.dtype, name="o")(einops.rearrange(out, "n t h d -> n t (h d)")), (k, v)
+
+
+class Linear(nn.Module):
+    """x [..., A] -> x kernel [..., features], without bias.
+
+    Where the collection "lora" has `a` [A, r] and `b` [r, features] for it, LORA_SCALE x a b is added
+    (arXiv 2106.09685): the product of two narrow matrices, which alone are trained then.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", _normal, (x.shape[-1], self.features))
+        matrices = [kernel]
+        if self.has_variable("lora", "a"):
+            matrices += [self.get_variable("lora", "a"), self.get_variable("lora", "b") * LORA_SCALE]
+        x = x.astype(self.dtype)
+        product = partial(jnp.dot, precision=_precision(self.dtype))
+        kernel, *narrow = (matrix.astype(self.dtype) for matrix in matrices)
+        out = product(x, kernel)
+        return out + product(product(x, narrow[0]), narrow[1]) if narrow else out
 
 
 class RMSNorm(nn.Module):
@@ -173,9 +210,3 @@ def greedy(model: Llama, params, x: Array, mask: Array, limit: int, end: int = E
 def _precision(dtype) -> jax.lax.Precision | None:
     """Float32 is meant: without this a TPU multiplies in bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _dense(features: int, dtype, name: str | None = None) -> nn.Dense:
-    return nn.Dense(
-        features, use_bias=False, dtype=dtype, precision=_precision(dtype), kernel_init=_normal, name=name
-    )

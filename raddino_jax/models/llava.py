@@ -91,10 +91,14 @@ def splice(embed: Callable[[Array], Array], tokens: Array, projected: Array) -> 
     return jnp.where(image[..., None], patches.astype(words.dtype), words)
 
 
-def loss(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Logits [n, T, V], labels int [n, T] -> (sum of cross-entropies, their number); token t foretells label t + 1."""
-    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
-    learned = labels != IGNORED
-    logs = jax.nn.log_softmax(logits)
-    each = -jnp.take_along_axis(logs, jnp.where(learned, labels, 0)[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(learned, each, 0)), jnp.sum(learned)
+def loss(logits: Array, targets: Array) -> Array:
+    """Logits [..., T, V], int [..., T] -> the sum of the cross-entropies of targets that are not IGNORED."""
+    learned = targets != IGNORED
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    each = -jnp.take_along_axis(logs, jnp.where(learned, targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(learned, each, 0))
+
+
+def targets(labels: Array) -> Array:
+    """Labels int [n, T] -> what each token has to foretell [n, T]: the label after it, and nothing by the last."""
+    return jnp.pad(labels[:, 1:], [(0, 0), (0, 1)], constant_values=IGNORED)
