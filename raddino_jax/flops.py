@@ -63,6 +63,35 @@ def head(head, width: int) -> float:
     return sum(2 * a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
 
 
+def llama(model, tokens: int) -> Crop:
+    """Forward pass of one text through a `models.llama.Llama`: its layers and its logits (as `embedding`).
+
+    A token attends to itself and those before it, half of all pairs.
+    """
+    linear = tokens * 2 * model.depth * (4 * model.width**2 + 3 * model.width * model.hidden)
+    attention = 2 * tokens * (tokens + 1) * model.width * model.depth
+    return Crop(linear + attention, tokens * 2 * model.width * model.vocabulary)
+
+
+def tuning(writer, tokens: int, patches: int, channels: int) -> float:
+    """FLOPs of tuning an `evals.writer.Writer` on one text, without the encoder that is frozen.
+
+    With LoRA the language model's own weights need no gradient, which is a third of its products.
+    """
+    model, rank = writer.llama, writer.lora
+    text, attention = llama(model, tokens), 2 * tokens * (tokens + 1) * model.width * model.depth
+    projector = patches * 2 * (channels * model.width + model.width**2)
+    if not rank:
+        return 3 * (text.blocks + text.embedding + projector)
+    narrow = tokens * 2 * rank * model.depth * (8 * model.width + 3 * (model.width + model.hidden))
+    return 2 * (text.blocks - attention + text.embedding) + 3 * (attention + narrow + projector)
+
+
+def traced(function, *shapes) -> float:
+    """FLOPs of one call by the compiler's count before it optimises: of what is no ViT and has no loops."""
+    return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+
+
 def step(objective, global_size: int, local_size: int, local_crops: int) -> float:
     """FLOPs per image of one training step: teacher forward, student forward and backward, heads.
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,6 +74,32 @@ def test_swiglu_costs_what_its_three_products_cost():
     tokens, width, hidden = 17, 1536, 4096
     linear = tokens * 2 * (4 * width**2 + width * 2 * hidden + hidden * width)
     assert flops.vit(backbone, 56).blocks == 40 * (linear + 4 * tokens**2 * width)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_tuning_is_counted_by_hand(rank):
+    """A language model of one layer, width 4, SwiGLU 6 and 10 words, on 5 tokens, 2 of them patches of width 7."""
+    model = SimpleNamespace(width=4, depth=1, hidden=6, vocabulary=10)
+    linear, attention, logits = 5 * 2 * (4 * 16 + 3 * 24), 2 * 2 * (1 + 2 + 3 + 4 + 5) * 4, 5 * 2 * 40
+    projector = 2 * 2 * (7 * 4 + 16)
+    found = flops.tuning(SimpleNamespace(llama=model, lora=rank), tokens=5, patches=2, channels=7)
+    if not rank:
+        assert found == 3 * (linear + attention + logits + projector)
+    else:
+        adapters = 5 * 2 * 3 * (4 * 8 + 3 * 10)
+        assert found == 2 * (linear + logits) + 3 * (attention + adapters + projector)
+
+
+def test_what_the_compiler_counts_of_a_vit_is_what_is_counted_here():
+    """Norms, softmax and GELU come on top of it, 4 % of so narrow a network."""
+    backbone = train.backbone_of(multicxr.get_config(
+        "compute_dtype=float32,model.width=64,model.depth=2,model.heads=2,model.patch_size=8,model.image_size=64"
+    )).clone(attention="xla")  # fmt: skip
+    films = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    params = jax.eval_shape(backbone.init, jax.random.key(0), films)
+    crop = flops.vit(backbone, 64)
+    found = flops.traced(lambda p, x: backbone.apply(p, x)["patches"], params, films)
+    assert found == pytest.approx(crop.blocks + crop.embedding, rel=0.1)
 
 
 class _Device:
