@@ -23,6 +23,8 @@ KINDS = ("global1", "global2", "local")
 CROP_TRIES = 10
 BLUR_RADIUS = 4  # 9 taps
 NO_SOLARIZE = 256.0
+GREY_LEVEL = 1 / 255
+TAP_STEPS = 2**15  # 255 levels times these times the 1.25 of a kernel's absolute taps stay below 2^24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,9 @@ def _resampling(
 
     Antialiased as in PIL: when shrinking, the kernel is stretched by the scale. Taps outside the
     crop count as absent and the others are renormalised, as if the crop had been cut out first.
+
+    Taps are whole multiples of 1 / TAP_STEPS (PIL's, of 2^-22). Sums of their products with levels are then exact in
+    float32: no level depends on the order in which a device, or a share of the batch, adds them.
     """
     scale = length / size
     target = jnp.arange(size)
@@ -174,7 +179,7 @@ def _resampling(
     pixel = jnp.arange(pixels)[None] - start
     taps = _cubic((pixel + 0.5 - centre[:, None]) / jnp.maximum(scale, 1.0))
     taps = jnp.where((pixel >= 0) & (pixel < length), taps, 0.0)
-    return taps / taps.sum(-1, keepdims=True)
+    return jnp.round(TAP_STEPS * taps / taps.sum(-1, keepdims=True)) / TAP_STEPS
 
 
 def _levels(x: Array) -> Array:
@@ -238,9 +243,15 @@ def solarize(x: Array, threshold: Array | float) -> Array:
 
 
 def standardize(x: Array) -> Array:
-    """Zero mean and unit variance over the last two axes; a constant image becomes zero."""
+    """Grey values in [0, 1] to zero mean and unit variance over the last two axes.
+
+    A crop may be black all over, or nearly so, and must not become a picture of its rounding. So values count from the
+    first pixel's, which makes a constant image zero to the last digit, and the variance has a floor: that of one grey
+    level is added to it.
+    """
+    x = x - x[..., :1, :1]
     x = x - x.mean((-2, -1), keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean((-2, -1), keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt(jnp.square(x).mean((-2, -1), keepdims=True) + GREY_LEVEL**2)
 
 
 def _apply(image: Array, view: Draw, settings: ViewSettings, size: int, blurs: bool) -> Array:
@@ -255,8 +266,7 @@ def _apply(image: Array, view: Draw, settings: ViewSettings, size: int, blurs: b
 
 
 def _normalize(x: Array, view: Draw, settings: ViewSettings, mean: float, std: float) -> Array:
-    x = (x / 255 - mean) / std
-    x = standardize(x) if settings.standardize else x
+    x = standardize(x / 255) if settings.standardize else (x / 255 - mean) / std
     if settings.noise:  # drawn flat, which compiles in half the time
         x += view.noise * jax.random.normal(view.noise_key, (x.size,)).reshape(x.shape)
     return x
@@ -278,7 +288,7 @@ def views(
       images: uint8 [B, H, W].
       slots: int [B], each image's place in the global batch. Every view has a key of its own, made
         of `key`, slot and number of the view: no draw depends on how devices share the batch.
-      mean, std: of level / 255.
+      mean, std: of level / 255; not used where each view is standardised by itself.
     """
     s, shape = settings, images.shape[1:]
 

@@ -25,7 +25,8 @@ def square(film: np.ndarray, settings: Preprocess) -> np.ndarray:
     else:
         levels = _centre(_short_side(film, settings.resize, settings.resample), settings.crop, settings.centre)
     x = levels.astype(np.float32) * np.float32(settings.scale / 255)
-    x = (x - np.float32(np.mean(settings.mean))) / np.float32(np.mean(settings.std))
+    if not settings.standardize:
+        x = (x - np.float32(np.mean(settings.mean))) / np.float32(np.mean(settings.std))
     if settings.pad:
         rows = resize_weights(settings.pad, settings.crop, 0.0, False)
         x = rows @ x @ rows.T
@@ -69,8 +70,9 @@ def _padded(film: np.ndarray, side: int) -> np.ndarray:
 
 def _standardized(x: np.ndarray) -> np.ndarray:
     """As augment.standardize does it to the views of training."""
+    x = x - x[0, 0]
     x = x - x.mean()
-    return x / np.sqrt(np.square(x).mean() + np.float32(1e-6))
+    return x / np.sqrt(np.square(x).mean() + np.float32(1 / 255) ** 2)
 
 
 def fold_grey(arrays: dict, mean: Sequence[float], std: Sequence[float]) -> dict:

@@ -107,6 +107,6 @@ class Online:
 
 def standardized(films: Array, config) -> Array:
     """uint8 [n, H, W] -> normalised float32 [n, H, W, 1], as a view is but without augmentation."""
-    x = (films.astype(jnp.float32) / 255 - config.data.mean) / config.data.std
-    x = jax.vmap(augment.standardize)(x) if config.views.standardize else x
+    x = films.astype(jnp.float32) / 255
+    x = augment.standardize(x) if config.views.standardize else (x - config.data.mean) / config.data.std
     return x[..., None]

@@ -1,7 +1,5 @@
 """Films to squares against the code that prepares them elsewhere, and films that are none."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,11 +55,16 @@ def test_squares_of_chexzero():
 def test_standardised_as_in_training():
     from raddino_jax import augment
 
-    film = sized(64, 64)
-    plain = Preprocess(64, 64, **encoders.RAD_DINO)
-    found = square(film, dataclasses.replace(plain, standardize=True))
-    np.testing.assert_allclose(found, augment.standardize(jnp.asarray(square(film, plain))), atol=1e-5)
-    assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-5
+    settings = Preprocess(64, 64, **encoders.RAD_DINO, standardize=True)
+    speck = np.zeros((64, 64), np.uint8)
+    speck[9, 7] = 1
+    for film in (sized(64, 64), speck):
+        found = square(film, settings)
+        np.testing.assert_allclose(found, augment.standardize(jnp.asarray(film / np.float32(255))), atol=1e-5)
+    found = square(sized(64, 64), settings)
+    assert abs(found.mean()) < 1e-5 and abs(found.std() - 1) < 1e-3
+    for level in (0, 77, 255):
+        assert (square(np.full((64, 64), level, np.uint8), settings) == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """README.md of a converted folder: what is known of the weights, and code that uses them as it stands."""
 
 from pathlib import Path
+from statistics import mean
 
 from raddino_jax.conversion.sources import Source
 
@@ -31,7 +32,7 @@ pixels = processor(film, return_tensors="pt")["pixel_values"]
 STANDARDIZE = """\
 # This network saw films standardised one by one: without these two lines its features are wrong.
 pixels = pixels - pixels.mean((1, 2, 3), keepdim=True)
-pixels = pixels / (pixels.square().mean((1, 2, 3), keepdim=True) + 1e-6).sqrt()
+pixels = pixels / (pixels.square().mean((1, 2, 3), keepdim=True) + GREY_LEVEL**2).sqrt()
 """
 RUN_HF = """\
 with torch.no_grad():
@@ -47,8 +48,7 @@ cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]
 
 def use_hf(source: Source) -> str:
     """Code that opens a folder with transformers."""
-    standardize = STANDARDIZE if source.preprocess.standardize else ""
-    return OPEN_HF + PREPARE + standardize + RUN_HF.replace("FIRST", str(1 + source.fields["registers"]))
+    return OPEN_HF + PREPARE + _standardize(source) + RUN_HF.replace("FIRST", str(1 + source.fields["registers"]))
 
 
 def use_torch(source: Source) -> str:
@@ -63,8 +63,14 @@ def use_torch(source: Source) -> str:
     if fields["registers"]:
         settings |= dict(num_register_tokens=fields["registers"], interpolate_antialias=True, interpolate_offset=0.0)
     stated = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    standardize = STANDARDIZE if source.preprocess.standardize else ""
-    return OPEN_TORCH.replace("SETTINGS", stated) + PREPARE + standardize + RUN_TORCH
+    return OPEN_TORCH.replace("SETTINGS", stated) + PREPARE + _standardize(source) + RUN_TORCH
+
+
+def _standardize(source: Source) -> str:
+    """The lines that a film standardised by itself needs; the processor has brought a grey level to another size."""
+    if not source.preprocess.standardize:
+        return ""
+    return STANDARDIZE.replace("GREY_LEVEL", f"(1 / 255 / {mean(source.preprocess.std):.6g})")
 
 
 def text(source: Source, usage: str) -> str:

@@ -23,7 +23,7 @@ class Preprocess:
     stretch: each film is first mapped from its minimum and maximum to 0 and 255 (BioViL-T).
     pad: instead, the longer side is brought to this, the shorter one padded with black, and the square of
       `pad` pixels is resized to `crop` after normalisation (CheXzero); 0 leaves that out.
-    standardize: the square gets zero mean and unit variance, whatever the exposure.
+    standardize: instead of all films' `mean` and `std`, each square gets zero mean and unit variance of its own.
     """
 
     resize: int

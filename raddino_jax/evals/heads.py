@@ -51,10 +51,7 @@ class Head:
 
     def features(self, frozen: dict, levels: Array) -> Array:
         """Levels [n, S, S] -> what the network reads: the encoder's maps [n, L, h, w, D], or the film [n, S, S, 1]."""
-        s = self.settings
-        films = levels.astype(jnp.float32) * (s.scale / 255)
-        films = (films - sum(s.mean) / len(s.mean)) / (sum(s.std) / len(s.std))
-        films = (augment.standardize(films) if s.standardize else films)[..., None]
+        films = films_of(levels, self.settings)
         if self.encoder is None:
             return films
         return jax.lax.stop_gradient(self.encoder.maps(frozen, films, self.network.layers))
@@ -69,6 +66,14 @@ class Head:
             variables, features, True, mutable=["batch_stats"], rngs={"dropout": key}
         )
         return decoders.resize(out, (self.size, self.size)), variables | moved
+
+
+def films_of(levels: Array, settings: Preprocess) -> Array:
+    """Levels [n, S, S] -> films float32 [n, S, S, 1] as a network with these settings sees them."""
+    films = levels.astype(jnp.float32) * (settings.scale / 255)
+    if settings.standardize:
+        return augment.standardize(films)[..., None]
+    return ((films - sum(settings.mean) / len(settings.mean)) / (sum(settings.std) / len(settings.std)))[..., None]
 
 
 def build(config, structures: int) -> Head:
