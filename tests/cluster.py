@@ -4,15 +4,20 @@ For trajectory_test.py, faults_test.py, faults_of_processes_test.py and launch_t
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+import pytest
+
 from configs import common, quickstart
-from raddino_jax import logs
+from raddino_jax import logs, sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 # The quickstart, as small as it goes; everything random stays on.
@@ -25,14 +30,26 @@ TINY = [
     "--config.head.hidden=32", "--config.data.image_size=40", "--config.data.synthetic_size=64", "--config.log_every=1",
     "--config.checkpoint_every=4", "--config.steps=20", "--config.then=()", "--config.eval_every=0",
 ]
-# Many compilations, few steps.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Many compilations, few steps. All runs that are compared are compiled alike, in this process and in others: a level of
+# grey that comes to lie on the border between two is rounded to one or the other by how products and sums were fused.
+COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = " ".join(f"--{name}={str(value).lower()}" for name, value in COMPILER.items())
 
 
 def tiny(*more: str):
     """The config that TINY and `more` make."""
     words = [word.removeprefix("--config.") for word in (*TINY[1:], *more)]
     return common.apply(quickstart.get_config(), ",".join(words), {})
+
+
+@contextmanager
+def devices_here(number: int):
+    """What runs in this process meanwhile sees so many of its devices."""
+    all_of_them = jax.devices()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: all_of_them[:number])
+        patch.setattr(sharding, "compiler_options", lambda mesh: COMPILER)
+        yield
 
 
 class Run:
@@ -109,6 +126,13 @@ def rows(workdir: Path) -> list[dict]:
 def saved(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints."""
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def copy_before(step: int, workdir: Path, copy: Path) -> Path:
+    """A copy of a run as it was before a checkpoint, but for metrics.jsonl, which is ahead."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / str(step))
+    return copy
 
 
 def _free_port() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cluster import TINY, Run, rows, saved
+from cluster import TINY, Run, copy_before, rows, saved
 from PIL import Image
 
 from raddino_jax import checkpoints, starts
@@ -35,10 +35,7 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture
 def copied(whole, tmp_path) -> Path:
     """The same run as it was at step 16, in a folder of its own."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(whole, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "20")
-    return workdir
+    return copy_before(20, whole, tmp_path / "copy")
 
 
 def test_a_run_without_a_sound_checkpoint_ends_with_a_word_and_not_with_a_traceback(copied):
@@ -192,9 +189,8 @@ def test_every_start_is_recorded_with_what_ran_where(copied):
     assert len(lines) == len(before) + 1 == 2
     alone, both = lines
     assert [h["process"] for h in both["hosts"]] == [0, 1] and len(alone["hosts"]) == 1
-    assert both["hosts"][0]["pid"] != both["hosts"][1]["pid"] and both["hosts"][1]["devices"] == ["131072: cpu"] or (
-        len(both["hosts"][1]["devices"]) == 1
-    )
+    assert both["hosts"][0]["pid"] != both["hosts"][1]["pid"]
+    assert [len(h["devices"]) for h in both["hosts"]] == [1, 1], "each names its own"
     assert both["git"].rstrip("+") == starts.revision().rstrip("+") and both["versions"]["jax"]
     assert TINY[0] in both["command"] and both["config"]["steps"] == 20
 

@@ -6,7 +6,6 @@ What takes several processes, kills, full disks or minutes is in faults_of_proce
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cluster import rows, saved, tiny
+from cluster import copy_before, devices_here, rows, saved, tiny
 from PIL import Image
 
 from raddino_jax import checkpoints, heartbeat, hosts, starts, train
 from raddino_jax.data import pipeline
 
 STEPS = 8
+DEVICES = 2
 
 
 def config(*more: str):
@@ -38,9 +38,10 @@ def start(workdir: Path, *more: str, beat: Callable[[int, str], None] = lambda s
     settings, here = config(*more), starts.Workdir(workdir)
     here.enter()
     try:
-        here.settle(settings, train.config_differences, force)
-        here.record(settings, jax.devices())
-        train.run(settings, workdir, beat=beat)
+        with devices_here(DEVICES):
+            here.settle(settings, train.config_differences, force)
+            here.record(settings, jax.devices())
+            train.run(settings, workdir, beat=beat)
     finally:
         here.lock.close()
 
@@ -56,11 +57,8 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(whole, tmp_path) -> Path:
-    """The same run without its last checkpoint, in a folder of its own: the newest is 6, metrics.jsonl is ahead."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(whole, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "8")
-    return workdir
+    """The same run as it was at step 6, in a folder of its own."""
+    return copy_before(8, whole, tmp_path / "copy")
 
 
 # --- a run that ends before its time ---------------------------------------------------------------------------------
@@ -87,11 +85,11 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_digits_and_no_step_is_there_
 
 
 def test_sigterm_saves_the_step_that_the_run_is_in_and_says_so(whole, tmp_path, capsys):
-    before = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         start(tmp_path, beat=lambda step, now: step == 5 and now == "step" and os.kill(os.getpid(), signal.SIGTERM))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
     assert saved(tmp_path)[-1] == 5 and "step 5 is saved; the same command continues" in capsys.readouterr().err
     start(tmp_path)
     assert rows(tmp_path) == rows(whole)
@@ -157,12 +155,12 @@ def test_each_changed_bit_of_any_file_of_a_checkpoint_is_seen_and_named(copied):
     step, rng = copied / "checkpoints" / "6", random.Random(0)
     files = sorted(p for p in step.rglob("*") if p.is_file() and p.name not in checkpoints.NOT_DIGESTED)
     for path in (p for p in rng.sample(files, 8) if p.stat().st_size):
-        before = path.read_bytes()
-        content, place = bytearray(before), rng.randrange(len(before))
+        sound = path.read_bytes()
+        content, place = bytearray(sound), rng.randrange(len(sound))
         content[place] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         assert checkpoints.damage(step) == [f"{path.relative_to(step)} has other bytes than were written"]
-        path.write_bytes(before)
+        path.write_bytes(sound)
     assert checkpoints.damage(step) == []
 
 
@@ -303,12 +301,23 @@ def test_a_changed_config_is_listed_and_refused_unless_forced_and_harmless_chang
     assert json.loads((copied / "config.json").read_text())["optim"]["base_lr"] == 0.0005
 
 
+def test_a_start_that_computed_nothing_does_not_claim_the_workdir(tmp_path):
+    here = starts.Workdir(tmp_path / "run")
+    here.enter()
+    here.settle(config(), train.config_differences)
+    here.settle(config("--config.optim.base_lr=0.5"), train.config_differences)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["base_lr"] == 0.5
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(starts.WorkdirError, match="0.5 -> 0.1"):
+        here.settle(config("--config.optim.base_lr=0.1"), train.config_differences)
+
+
 def test_every_start_is_recorded_with_what_ran_where(copied):
     start(copied)
     lines = [json.loads(line) for line in (copied / "starts.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     (host,) = lines[1]["hosts"]
-    assert host["pid"] == os.getpid() and len(host["devices"]) == len(jax.devices()) and host["cpus"] == os.cpu_count()
+    assert host["pid"] == os.getpid() and len(host["devices"]) == DEVICES and host["cpus"] == os.cpu_count()
     assert lines[1]["versions"]["jax"] == jax.__version__ and lines[1]["config"] == json.loads(config().to_json())
     assert Path(sys.argv[0]).name in lines[1]["command"] and lines[1]["folder"] == os.getcwd()
     assert lines[1]["git"] == starts.revision()

@@ -4,15 +4,11 @@ import os
 import signal
 from pathlib import Path
 
-import jax
 import pytest
-from cluster import Run, rows, saved, tiny
+from cluster import Run, devices_here, rows, saved, tiny
 
 from raddino_jax import train
 
-# As the paper's run: the quickstart standardises each view by itself, which makes a picture of the rounding of a local
-# crop that is black all over.
-CALM = ["--config.views.standardize=False"]
 # (processes, devices of each, fsdp)
 OTHERS = [(1, 1, 1), (1, 8, 1), (2, 4, 1), (4, 2, 1), (1, 8, 2), (2, 4, 4), (4, 2, 4), (2, 2, 2), (4, 1, 1)]
 
@@ -24,7 +20,7 @@ def name(mesh: tuple[int, int, int]) -> str:
 def walk(workdir: Path, mesh: tuple[int, int, int]) -> list[dict]:
     """The metrics of a run on a mesh, from the step that the workdir holds."""
     processes, devices, fsdp = mesh
-    run = Run(workdir, *CALM, f"--config.mesh.fsdp={fsdp}", processes=processes, devices=devices).finish()
+    run = Run(workdir, f"--config.mesh.fsdp={fsdp}", processes=processes, devices=devices).finish()
     if processes > 1:
         assert f"on {processes * devices} x cpu of {processes} processes" in run.err(0)
         for other in range(1, processes):
@@ -40,13 +36,12 @@ def walk_here(workdir: Path, devices: int, fsdp: int, stop_at: int = 0) -> list[
         if (step, doing) == (stop_at, "step"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    all_of_them, before = jax.devices(), signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "devices", lambda: all_of_them[:devices])
-            train.run(tiny(*CALM, f"--config.mesh.fsdp={fsdp}"), workdir, beat=beat)
+        with devices_here(devices):
+            train.run(tiny(f"--config.mesh.fsdp={fsdp}"), workdir, beat=beat)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
     return rows(workdir)
 
 
@@ -103,7 +98,7 @@ def test_every_layout_walks_the_same_trajectory(alone, tmp_path, mesh):
 def stopped_and_resumed(workdir: Path, first, second) -> list[dict]:
     """The metrics of a run that is asked to end on one mesh, as a scheduler would, and goes on on another."""
     processes, devices, fsdp = first
-    run = Run(workdir, *CALM, f"--config.mesh.fsdp={fsdp}", processes=processes, devices=devices)
+    run = Run(workdir, f"--config.mesh.fsdp={fsdp}", processes=processes, devices=devices)
     run.until(lambda: run.steps() >= 2)
     for process in run.processes:
         process.terminate()
