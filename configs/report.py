@@ -3,7 +3,7 @@
     python -m raddino_jax.main --config=configs/report.py:encoder=rad_dino,dataset=mimic_cxr \\
       --config.data.data_dir=prepared --config.data.reports=mimic-cxr-reports --config.llm=vicuna-7b-v1.5
     python -m raddino_jax.main --config=configs/report.py:encoder=rad_dino,dataset=iu_xray \\
-      --config.data.data_dir=prepared --config.llm=runs/report/llm            # external test of a tuned model
+      --config.data.data_dir=prepared --config.llm=runs/report/writer          # external test of a tuned model
     python -m raddino_jax.main --config=configs/report.py:tiny,encoder=runs/quickstart
 
 Arguments after the colon: fields, and the presets `tiny` (synthetic films, minutes on two CPU cores) and `lora`.
@@ -27,7 +27,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         feature_layer=0,  # block whose patches are read: -1 the last, -2 that before; 0 = the encoder's own [LLaVA]
         image_size=0,  # pixels per side of the square; 0 = the encoder's own
         dataset="mimic_cxr",  # mimic_cxr; iu_xray (test alone); folder; synthetic
-        # The language model: a Hugging Face folder of Vicuna-7B v1.5 [P], or of a run of this task (its llm/).
+        # The language model: a Hugging Face folder of Vicuna-7B v1.5 [P], or the writer/ of a run of this task.
         llm="",
         llm_sizes=dict(vocabulary=32_000, width=4096, depth=32, heads=32, hidden=11_008, positions=4096),
         init="weights",  # "random": of llm_sizes, without a folder
@@ -48,7 +48,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         remat=True,  # [P]
         mesh=dict(fsdp=0),  # devices that share parameters and moments; 0 = all
         seed=0,  # of weights and order
-        features_gib=4.0,  # host memory for features of films, which else are computed in every step
+        features_gib=4.0,  # up to which features are computed once and kept, else in every step
+        features_dir="~/.cache/raddino_jax/features",
         threads=2,  # that read films
         log_every=10,
         checkpoint_every=200,

@@ -158,7 +158,7 @@ class Encoder:
         platform = jax.local_devices()[0].platform
         self.name, self.settings, self.feature = name, settings, feature
         self.dtype, self.notes = dtype, list(notes)
-        self.network = _computing(network, platform, jnp.dtype(dtype))
+        self.network = computing(network, platform, jnp.dtype(dtype))
         self.image_size, self.patch_size = settings.crop, _of(network, "patch_size")
         folded = trees.unflatten(fold_grey(trees.flatten(params), settings.mean, settings.std))
         self.params = jax.device_put(folded, NamedSharding(self.mesh, P()))
@@ -190,13 +190,33 @@ class Encoder:
         """
         if count == 1:
             return self._features(params, batch)["patches"][:, None]
+        depth = self._depth(f"of which {count} could be read")
+        return self._blocks(params, batch, [-(-(k + 1) * depth // count) - 1 for k in range(count)])
+
+    def block(self, params: dict, batch: Array, place: int = -1) -> Array:
+        """Patch features float32 [n, h, w, D] of the block at a place, to be traced: -1 is the last, and "patches".
+
+        Of others the norm is that of `maps`. Raises ValueError where there is no such block.
+        """
+        if place == -1:
+            return self._features(params, batch)["patches"]
+        depth = self._depth(f"of which number {place} could be read")
+        if not -depth <= place < depth:
+            raise ValueError(f"{self.name} has {depth} blocks, no block {place}")
+        return self._blocks(params, batch, [place % depth])[:, 0]
+
+    def _depth(self, wanted: str) -> int:
+        trunk = self.network.trunk if isinstance(self.network, Projected) else self.network
+        if not hasattr(trunk, "depth"):
+            raise ValueError(f"{self.name} has no blocks, {wanted}; only its last features")
+        return trunk.depth
+
+    def _blocks(self, params: dict, batch: Array, places: Sequence[int]) -> Array:
         trunk, own = self.network, params
         if isinstance(trunk, Projected):
             trunk, own = trunk.trunk, params["trunk"]
-        if not hasattr(trunk, "depth"):
-            raise ValueError(f"{self.name} has no blocks, of which {count} could be read; only its last features")
         out = self.network.apply({"params": params}, batch)
-        tokens = jnp.stack([out[f"blocks_{-(-(k + 1) * trunk.depth // count) - 1}"] for k in range(count)], axis=1)
+        tokens = jnp.stack([out[f"blocks_{place}"] for place in places], axis=1)
         if isinstance(trunk, ViT):
             tokens = LayerNorm(trunk.dtype).apply({"params": own["norm"]}, tokens)
         grid = [side // self.patch_size for side in batch.shape[1:3]]
@@ -254,10 +274,10 @@ def _of(network: nn.Module, field: str):
     return getattr(network.trunk if isinstance(network, Projected) else network, field)
 
 
-def _computing(network: nn.Module, platform: str, dtype: jnp.dtype) -> nn.Module:
+def computing(network: nn.Module, platform: str, dtype: jnp.dtype) -> nn.Module:
     """The network in a compute type, with the attention that is fast on a platform."""
     if isinstance(network, Projected):
-        return network.clone(trunk=_computing(network.trunk, platform, dtype))
+        return network.clone(trunk=computing(network.trunk, platform, dtype))
     attention = (
         {"attention": platform if platform in BACKENDS else "xla"} if hasattr(network, "attention") else {}
     )

@@ -82,6 +82,22 @@ def test_layers_are_the_blocks_under_the_final_norm(network):
     np.testing.assert_array_equal(one.layers(batch, 1)[:, 0], one(batch)["patches"])
 
 
+@pytest.mark.parametrize("network", [vit(depth=3, registers=2), CLIPViT(16, 3, 2, patch_size=8, image_size=SIZE)])
+def test_a_block_counted_from_the_end(network):
+    """Patches without class token and registers; under the final norm where the network has one for them."""
+    one = encoder(network)
+    batch = one.preprocess([np.arange(48 * 40, dtype=np.uint32).reshape(48, 40).astype(np.uint8)])
+    np.testing.assert_allclose(one.block(one.params, batch), one(batch)["patches"], atol=1e-5)
+    tokens = np.asarray(one.stages(batch)["blocks_1"])[0, -16:]
+    if isinstance(network, ViT):
+        tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(one.block(one.params, batch, -2)[0].reshape(16, -1), tokens, atol=1e-4)
+    np.testing.assert_array_equal(one.block(one.params, batch, 1), one.block(one.params, batch, -2))
+    for place in (3, -4):
+        with pytest.raises(ValueError, match=f"has 3 blocks, no block {place}"):
+            one.block(one.params, batch, place)
+
+
 def test_layers_of_other_networks():
     clip = encoder(CLIPViT(16, 4, 2, patch_size=8, image_size=SIZE))
     joined = encoder(Projected(vit(), 8))

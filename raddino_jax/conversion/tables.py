@@ -163,6 +163,16 @@ LLAMA = [
     Rule("lm_head.weight", "lm_head/kernel", LINEAR),
 ]
 
+# What LLaVA puts between an encoder and a language model, as it saves it apart (mm_projector.bin).
+PROJECTOR = [
+    rule
+    for number, layer in ((0, "fc1"), (2, "fc2"))
+    for rule in (
+        Rule(f"model.mm_projector.{number}.weight", f"{layer}/kernel", LINEAR),
+        Rule(f"model.mm_projector.{number}.bias", f"{layer}/bias"),
+    )
+]
+
 
 def _resnet(theirs: str, ours: str) -> list[Rule]:
     """A torchvision ResNet with bottlenecks, without its classifier."""

@@ -294,12 +294,12 @@ def _case(row: dict, data) -> Case:
 
 def _files(row: dict, data, home: Path) -> tuple[Path, Path, Path | None]:
     ignore = row[data.ignore_column] if data.ignore_column else ""
-    film = _found(row[data.file_column], data.images, home)
-    mask = _found(row[data.mask_column], data.masks, home)
-    return film, mask, _found(ignore, data.masks, home) if ignore else None
+    film = located(row[data.file_column], data.images, home)
+    mask = located(row[data.mask_column], data.masks, home)
+    return film, mask, located(ignore, data.masks, home) if ignore else None
 
 
-def _found(name: str, folder: str, home: Path) -> Path:
+def located(name: str, folder: str, home: Path) -> Path:
     """A file by its name in the table: in the given folder, or beside the table."""
     places = [Path(folder) / name, Path(folder) / Path(name).name] if folder else []
     for place in (*places, home / name):

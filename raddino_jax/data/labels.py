@@ -50,7 +50,7 @@ def read_csv(
     where: "column=value" keeps only those rows, e.g. one source of a mixed sample.
     Raises LabelError: missing column, unknown value, a film named twice or not there, a label with one value only.
     """
-    rows = _rows(path, [file_column, patient_column, *columns], where)
+    rows = read_rows(path, [file_column, patient_column, *columns], where)
     films = _films(path, rows, files, file_column)
     values = [[_value(path, number, row[name], name) for name in columns] for number, row in rows]
     patients = np.array([row[patient_column] for _, row in rows])
@@ -68,7 +68,7 @@ def read_column(
     The other arguments are those of `read_csv`. In the order of the table's rows, as `read_csv` has it; or of `films`,
     places in `files` (Labels.films). Raises LabelError: missing column, a film named twice, not there or without a row.
     """
-    rows = _rows(path, [file_column, column], where)
+    rows = read_rows(path, [file_column, column], where)
     found = dict(zip(_films(path, rows, files, file_column), (row[column].strip() for _, row in rows), strict=True))
     if films is None:
         return np.array(list(found.values()))
@@ -77,7 +77,7 @@ def read_column(
     return np.array([found[film] for film in films])
 
 
-def _rows(path: str, needed: Sequence[str], where: str) -> list[tuple[int, dict]]:
+def read_rows(path: str, needed: Sequence[str], where: str) -> list[tuple[int, dict]]:
     """(row number as a spreadsheet shows it, row) of those that `where` keeps. Raises LabelError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:

@@ -26,7 +26,10 @@ from raddino_jax.data import pipeline, store
 from raddino_jax.models import vit
 
 PIXELS = 32  # side of the grey raster that every encoder has to beat
-CODE = ("data/*.py", "models/*.py", "encoders.py", "preprocess.py", "evals/features.py")
+CODE = (
+    "data/*.py", "models/*.py", "encoders.py", "preprocess.py",
+    *(f"evals/{name}.py" for name in ("features", "patches", "frames", "heads")),
+)  # fmt: skip
 
 
 class Films(Sequence):
@@ -70,12 +73,12 @@ def cached(encoder, films: Films, feature: str, folder: Path, batch: int = 32, t
     """
     about = {"feature": "raster" if encoder == "pixels" else feature, "encoder": identity(encoder)}
     compute = _rasters if encoder == "pixels" else lambda films: _encoded(encoder, films, feature, batch, threads)
-    return _kept(about, films, Path(folder).expanduser(), compute)
+    return kept(about, films, Path(folder).expanduser(), compute)
 
 
 def squares(films: Films, cut: Callable[[np.ndarray], np.ndarray], about: dict, folder: Path) -> np.ndarray:
     """Levels uint8 [n, S, S] of films as `cut` makes them, kept like features; about: what `cut` depends on."""
-    return _kept({"feature": "squares"} | about, films, Path(folder).expanduser(), lambda films: map(_one(cut), films))
+    return kept({"feature": "squares"} | about, films, Path(folder).expanduser(), lambda films: map(_one(cut), films))
 
 
 def _one(cut):
@@ -103,7 +106,11 @@ def _code() -> str:
     return found.hexdigest()
 
 
-def _kept(about: dict, films: Films, folder: Path, compute: Callable) -> np.ndarray:
+def kept(about: dict, films: Films, folder: Path, compute: Callable) -> np.ndarray:
+    """What compute(films) yields, rows of films in their order; from `folder` where it is there. Memory-mapped.
+
+    about: all that the rows depend on beside the films and CODE.
+    """
     about = about | {"films": films.digest(), "count": len(films), "code": _code()}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"{key}.npy"

@@ -192,14 +192,21 @@ def _restored(saved, step: int, like: State) -> tuple[State, Best]:
 
 
 def _batches(films: Films, fit: Fit, start: int, mesh) -> Iterator[tuple[Array, Array]]:
-    """Batches of steps start + 1 on: slot s of the run holds film s % n of epoch s // n in that epoch's order."""
-    n, orders = len(films), {}
-    for step in range(start, fit.steps):
-        slots = np.arange(step * fit.batch_size, (step + 1) * fit.batch_size)
-        epochs = np.unique(slots // n)
-        orders = {e: orders.get(e, np.random.default_rng((fit.seed, e)).permutation(n)) for e in epochs}
-        index = np.array([orders[s // n][s % n] for s in slots])
+    for index in places(len(films), fit.batch_size, fit.seed, start, fit.steps):
         yield placed(films.take(index), mesh)
+
+
+def places(n: int, batch_size: int, seed: int, start: int, steps: int) -> Iterator[np.ndarray]:
+    """Batches of places among n, for steps start + 1 .. steps.
+
+    Slot s of the run holds place s % n of epoch s // n, in that epoch's order.
+    """
+    orders = {}
+    for step in range(start, steps):
+        slots = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs = np.unique(slots // n)
+        orders = {e: orders.get(e, np.random.default_rng((seed, e)).permutation(n)) for e in epochs}
+        yield np.array([orders[s // n][s % n] for s in slots])
 
 
 def placed(films: Films, mesh) -> tuple[Array, Array]:

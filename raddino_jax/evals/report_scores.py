@@ -49,12 +49,14 @@ def score(
     strata: Mapping[str, Sequence[str]] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    metrics: Mapping[str, Callable] | None = None,
     **about,
 ) -> list[dict]:
     """Rows of results.json: one per metric, class and stratum.
 
     graders: paths as in GRADERS. strata: column -> its value per report (those of UNKNOWN take no part); each value is
-    scored apart, and a row "column: worst" repeats the lowest of them. about: further fields of every row (dataset,
+    scored apart, and a row "column: worst" repeats the lowest of them. metrics: name -> what makes Statistics of
+    (references, candidates, graders), METRICS by default. about: further fields of every row (dataset,
     encoder, data, config, ...). value is the median over resamples of reports, interval its 2.5 and 97.5 percentiles,
     std their deviation, whole the score of the reports as they are.
     Raises ValueError when the lists differ in length or are empty.
@@ -63,7 +65,7 @@ def score(
     _check(references, candidates, strata, graders)
     logs.say(f"report scores: {len(candidates)} reports, {len(set(candidates))} different texts among the generated")
     rows = []
-    for metric, grade in METRICS.items():
+    for metric, grade in (METRICS if metrics is None else metrics).items():
         try:
             statistics = grade(references, candidates, GRADERS | dict(graders))
         except (GraderError, chexbert.CheXbertError) as error:
