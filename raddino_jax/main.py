@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from raddino_jax import checkpoints, encoders, heartbeat, hosts, logs, sharding, starts, train
 from raddino_jax.data import labels, pipeline
-from raddino_jax.evals import demographics, figures, linear, predict, probe, segment, table
+from raddino_jax.evals import demographics, figures, linear, predict, probe, report, segment, table
 
 
 def pretrain(config, workdir: Path, beat: train.Beat) -> None:
@@ -29,7 +29,7 @@ def judge(config, workdir: Path) -> None:
 
 TASKS = {
     "pretrain": pretrain, "probe": judge, "segment": segment.run, "predict": predict.run, "figures": figures.run,
-    "demographics": demographics.run, "table": table.run,
+    "demographics": demographics.run, "table": table.run, "report": report.run,
 }  # fmt: skip
 
 MENDABLE = (
@@ -101,6 +101,8 @@ def _run(pulse: heartbeat.Pulse, beats: heartbeat.Heartbeat | None) -> None:
     if config.task == "pretrain":
         pretrain(config, workdir, pulse)
         tasks = tasks[1:]
+    elif config.task == "report" and not report.write(config, workdir, pulse):
+        tasks = []  # asked to stop
     if beats is not None:
         beats.leave()
         hosts.leave()

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "watch": {"diagnostics", "augment", "models", "data", *PLUMBING},
     "bench": {"train", "augment", "masking", "rival", "conversion", "encoders", "data", *PLUMBING},
     "rival": set(),
-    "plan": {"train", "encoders", "data", *PLUMBING},
+    "plan": {"train", "encoders", "conversion", "data", "evals.tune", "evals.patches", "evals.writer", *PLUMBING},
     "embed": {"encoders", "evals.features", "data"},
     "prepare": {"data"},
     "convert": {"conversion", "encoders", "checkpoints"},
@@ -32,6 +32,9 @@ MAY_IMPORT = {
     "evals.scores": EVALS,
     "evals.report_scores": {"evals.scores", "evals.chexbert", *EVALS},
     "evals.chexbert": {"conversion", *EVALS},
+    # The folders of language models are Hugging Face's.
+    "evals.report": {"evals", "conversion", *EVALS},
+    "evals.writer_folder": {"conversion", *EVALS},
     "encoders": {"preprocess", "workdirs", "conversion", "models", "params", "sharding"},
     "preprocess": {"conversion", "models", "data.images"},
     "workdirs": {"conversion", "models", "checkpoints", "params"},

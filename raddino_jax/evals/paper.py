@@ -80,10 +80,13 @@ def _command(task: str, arguments: str, name: str) -> str:
         f"--workdir=runs/{name}"
 
 
-COMMANDS = {  # how a cell is made, by the task of its row
+COMMANDS = {  # how a cell is made, by the task of its row, or by its dataset where that asks for another way
     "probe": _command("probe", "dataset={dataset},encoder={encoder}", "{dataset}_{encoder}"),
     "segment": _command("segment", "head={head},dataset={dataset},encoder={encoder}", "{dataset}_{head}_{encoder}"),
-    "report": _command("report", "encoder={encoder},dataset={dataset}", "report_{encoder}"),
+    "report": _command("report", "encoder={encoder},dataset={dataset}", "report_{encoder}")
+    + " --config.data.reports=mimic-cxr-reports --config.llm=vicuna-7b-v1.5",
+    "iu_xray": _command("report", "encoder={encoder},dataset={dataset}", "iu_xray_{encoder}")
+    + " --config.llm=runs/report_{encoder}/writer",
     "demographics": _command("demographics", "encoder={encoder}", "demographics_{encoder}"),
 }
 

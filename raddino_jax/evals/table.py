@@ -179,7 +179,8 @@ def _cells(table: paper.Table, results, dataset: str) -> Iterator[tuple[Line, Re
 def _empty(table: paper.Table, row: str, column: str, printed: str) -> Line:
     who, what = table.rows[row], _wanted(table, column, "")
     name, own = who["encoder"].replace(" ", "_"), ""
-    command = paper.COMMANDS[what["task"]].format(
+    way = what["dataset"] if what["dataset"] in paper.COMMANDS else what["task"]
+    command = paper.COMMANDS[way].format(
         encoder=name, head=who.get("head", what.get("head", "")), dataset=what["dataset"]
     ) + table.more
     if who["encoder"] not in (*paper.ENCODERS.values(), "none"):

@@ -1,0 +1,108 @@
+"""Reports of a split, written by a model that is done learning: batch after batch, to reports.jsonl.
+
+All prompts have the same length, so batches need no padding, and their order is that of the pairs. A file that was cut
+short, by whatever, is gone on with.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from raddino_jax import hosts, logs, sharding
+from raddino_jax.evals import tune
+
+WHOLE, PART = "reports.jsonl", "reports.part.jsonl"
+
+
+def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> None:
+    """reports.jsonl of `task.tested`. Of several processes all call it, and process 0 writes.
+
+    task: `report.Task`. params: as it trains them. beat(reports so far, what is done now) is called at every batch.
+    """
+    part, places = workdir / PART, task.tested
+    done = hosts.first("reports", lambda: _keep_sound(part, [task.source.pairs[place].id for place in places]))
+    if done:
+        logs.say(f"{part}: goes on after {done} reports")
+    left, size, began = places[done:], task.config.decode_batch, time.perf_counter()
+    starts = range(0, len(left), size)
+    batches = (np.resize(left[start : start + size], size) for start in starts)  # one shape, one compilation
+    for start, texts in zip(starts, answers(task, params, batches), strict=True):
+        here = left[start : start + size]
+        if hosts.index() == 0:
+            _append(part, [_line(task, place, text) for place, text in zip(here, texts, strict=False)])
+        count, total = done + start + len(here), len(places)
+        beat(count, "writing")
+        rate = (start + len(here)) / (time.perf_counter() - began)
+        logs.say(f"report {count}/{total}, {rate:.2f}/s, eta {logs.duration((total - count) / rate)}")
+    if hosts.index() == 0:
+        part.replace(workdir / WHOLE)
+
+
+def answers(task, params: dict, batches: Iterator[Sequence[int]]) -> Iterator[list[str]]:
+    """Texts for batches of places, each of `config.decode_batch`."""
+    config, mesh = task.config, tune.mesh_of(task.config)
+    eye, writer = task.eye_for(config.decode_dtype), task.writer(config.decode_dtype)
+    params = sharding.place(task.merged(params), mesh)
+    frozen = {} if eye is None else sharding.place(eye.frozen, mesh)
+    tokens = np.tile(np.int32(task.prompt), (config.decode_batch, 1))
+    asked = _rows((tokens, np.ones(tokens.shape, bool)), mesh)
+
+    def written(params, frozen, shown, tokens, mask):
+        features = shown["features"] if eye is None else eye(frozen, shown["images"])
+        return writer.write(params, features, tokens, mask, config.new_tokens)
+
+    options = sharding.compiler_options(mesh)
+    write = jax.jit(written, out_shardings=NamedSharding(mesh, P()), compiler_options=options)
+    for _, shown in task.seen(batches):
+        found = np.asarray(write(params, frozen, _rows(shown, mesh), *asked))
+        yield [task.tokenizer.decode(row) for row in found]
+
+
+def read(workdir: Path) -> list[dict]:
+    """The lines of a whole reports.jsonl."""
+    return [json.loads(line) for line in (Path(workdir) / WHOLE).read_text().splitlines()]
+
+
+def _line(task, place: int, text: str) -> dict:
+    pair = task.source.pairs[place]
+    strata = {column: str(pair.facts.get(column, "")) for column in task.config.strata}
+    return {"id": pair.id, "reference": pair.text, "prediction": text} | strata
+
+
+def _keep_sound(path: Path, ids: Sequence[str]) -> int:
+    """How many reports a file has, its unfinished last line taken out; none where they are of other films."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # killed inside this line
+    if [line["id"] for line in lines] != list(ids[: len(lines)]):
+        lines = []
+    logs.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return len(lines)
+
+
+def _append(path: Path, lines: Sequence[dict]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rows(tree, mesh):
+    """Rows that every process has, split over a mesh where its size divides them."""
+    split, everywhere = sharding.batch_sharding(mesh), NamedSharding(mesh, P())
+
+    def one(rows: np.ndarray) -> jax.Array:
+        place = everywhere if len(rows) % mesh.size else split
+        return jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
+
+    return jax.tree.map(one, tree)
