@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raddino_jax import params
 from raddino_jax.conversion import llama as folders
 from raddino_jax.conversion.rules import WeightsError
+from raddino_jax.models import llama
 from raddino_jax.models.llama import PADDING, Llama, greedy
 
 CLOSE = dict(rtol=0, atol=2e-5)
@@ -111,6 +112,40 @@ def test_logits_through_the_cache(reference, ours):
         found, cache = model.apply({"params": weights}, x[:, i : i + 1], mask, cache, i)
         parts.append(found)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), logits, **CLOSE)
+
+
+@pytest.mark.parametrize("start", [0, 7, "traced"])
+def test_attention_in_blocks_is_attention_at_once_with_its_gradient(start):
+    """Of 1,100 tokens in three blocks, some slots hidden, `start` slots before them."""
+    first = 7 if start == "traced" else start
+    tokens, slots = 1100, 1100 + first
+    assert tokens > 2 * llama.QUERIES
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (1, n, 2, 4)) for key, n in zip(keys, (tokens, slots, slots), strict=False))
+    seen = (jnp.arange(slots) <= first + jnp.arange(tokens)[:, None]) & (jnp.arange(slots) % 5 != 3)
+    weights = jax.random.normal(keys[3], q.shape)
+
+    def summed(attend, *more):
+        return jax.value_and_grad(lambda q, k, v: jnp.sum(weights * attend(q, k, v, seen[None], *more)), (0, 1, 2))
+
+    wanted = summed(llama._attend)(q, k, v)
+    if start == "traced":
+        found = jax.jit(lambda q, k, v, start: summed(llama.attend, start)(q, k, v))(q, k, v, 7)
+    else:
+        found = summed(llama.attend, start)(q, k, v)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_layers_in_a_loop_are_the_layers_one_after_the_other(ours, side):
+    model, weights = ours
+    tokens, mask = padded(PROMPTS, side)
+    x = embed(ours, tokens)
+    wanted, _ = model.apply({"params": weights}, x, mask)
+    found, cache = model.clone(remat=True).apply({"params": weights}, x, mask)
+    assert not cache
+    np.testing.assert_allclose(found[mask], wanted[mask], **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

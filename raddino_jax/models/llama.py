@@ -16,6 +16,7 @@ Array = jax.Array
 Cache = Sequence[tuple[Array, Array]]  # keys and values [n, S, H, d] of each layer
 
 HIDDEN = -1e30  # a score that softmax turns into 0
+QUERIES = 512  # whose scores are held at a time: of 2,048 tokens and 32 heads they are 128 MiB instead of 512
 LORA_SCALE = 2.0  # alpha / rank of LLaVA's script
 START, END, PADDING = 1, 2, 0  # of the released tokenizer; <unk> serves as padding
 
@@ -25,8 +26,9 @@ _normal = nn.initializers.normal(0.02)
 class Llama(nn.Module):
     """Embeddings -> logits; see `__call__`. The defaults are Llama-2-7B and Vicuna-7B v1.5.
 
-    hidden: width of the SwiGLU. theta: base of the rotary frequencies. eps: of RMSNorm. remat: a layer is computed
-    again in the backward pass. Variables of the collection "lora" are added to the linear layers, see `Linear`.
+    hidden: width of the SwiGLU. theta: base of the rotary frequencies. eps: of RMSNorm. remat: for training at
+    full size, layers are one loop, and each is computed again in the backward pass. Variables of the collection "lora"
+    are added to the linear layers, see `Linear`.
     """
 
     vocabulary: int = 32_000
@@ -41,17 +43,17 @@ class Llama(nn.Module):
     remat: bool = False
 
     def setup(self):
-        layer = nn.remat(Layer) if self.remat else Layer
         self.words = self.param("words", _normal, (self.vocabulary, self.width))
-        self.layers = [
-            layer(self.heads, self.hidden, self.theta, self.eps, self.dtype) for _ in range(self.depth)
-        ]
+        self.layers = [self._layer() for _ in range(self.depth)]
         self.norm = RMSNorm(self.eps, self.dtype)
         self.lm_head = Linear(self.vocabulary, self.dtype)
 
+    def _layer(self, **how) -> "Layer":
+        return Layer(self.heads, self.hidden, self.theta, self.eps, self.dtype, **how)
+
     def embed(self, tokens: Array) -> Array:
         """Tokens int [n, T] -> embeddings [n, T, D], among which those of an image may be put."""
-        return self.words[tokens].astype(self.dtype)
+        return _whole(self.words.astype(self.dtype))[tokens]
 
     def __call__(self, x: Array, mask: Array, cache: Cache = (), start: Array | int = 0) -> tuple[Array, Cache]:
         """Embeddings x [n, T, D] -> (logits [n, T, V] float32, the cache with their keys and values); see `states`."""
@@ -63,7 +65,7 @@ class Llama(nn.Module):
         return self.lm_head(states).astype(jnp.float32)
 
     def states(self, x: Array, mask: Array, cache: Cache = (), start: Array | int = 0) -> tuple[Array, Cache]:
-        """Embeddings x [n, T, D] -> (what `logits` reads of each token [n, T, D], the cache).
+        """Embeddings x [n, T, D] -> (what `logits` reads of each token [n, T, D], the cache; none with `remat`).
 
         mask: bool [n, S] over all slots, false for padding, which may stand on either side. Without a cache S is T.
         start: the slot of the first token of x; slots after a token are never seen by it.
@@ -71,11 +73,24 @@ class Llama(nn.Module):
         slots = start + jnp.arange(x.shape[1])
         places = jnp.take(jnp.cumsum(mask, axis=1) - 1, slots, axis=1)
         seen = mask[:, None, :] & (jnp.arange(mask.shape[1]) <= slots[:, None])
+        if self.remat and not cache and not self.is_initializing():
+            return self.norm(self._looped(x, places, seen)), ()
         written = []
         for i, layer in enumerate(self.layers):
-            x, pair = layer(x, places, seen, cache[i] if cache else None, start)
+            x, pair = layer(x, places, seen, *((cache[i], start) if cache else ()))
             written.append(pair)
         return self.norm(x), written
+
+    def _looped(self, x: Array, places: Array, seen: Array) -> Array:
+        """The states after all layers. One layer is compiled, not 32, and one is gathered at a time."""
+        layer = self._layer(parent=None)
+
+        @jax.checkpoint
+        def one(x, variables):
+            return layer.apply(variables, x, places, seen)[0], None
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer.variables for layer in self.layers))
+        return jax.lax.scan(one, x, stacked)[0]
 
     def empty(self, n: int, slots: int) -> Cache:
         """A cache for n texts of at most `slots` tokens."""
@@ -93,7 +108,7 @@ class Layer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, places: Array, seen: Array, cache, start) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x, places: Array, seen: Array, cache=None, start=0) -> tuple[Array, tuple[Array, Array]]:
         attention = Attention(self.heads, self.theta, self.dtype, name="attn")
         attended, pair = attention(RMSNorm(self.eps, self.dtype, name="norm1")(x), places, seen, cache, start)
         x = x + attended
@@ -110,7 +125,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, places: Array, seen: Array, cache, start) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x, places: Array, seen: Array, cache=None, start=0) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = (
             einops.rearrange(Linear(x.shape[-1], self.dtype, name=name)(x), "n t (h d) -> n t h d", h=self.heads)
             for name in "qkv"
@@ -121,12 +136,32 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
-        precision = _precision(self.dtype)
-        scores = jnp.einsum("nthd,nshd->nhts", q, k, precision=precision) / (q.shape[-1] ** 0.5)
-        scores = jnp.where(seen[:, None], scores.astype(jnp.float32), HIDDEN)
-        shares = jax.nn.softmax(scores).astype(self.dtype)
-        out = jnp.einsum("nhts,nshd->nthd", shares, v, precision=precision)
+        out = attend(q, k, v, seen, start)
         return Linear(x.shape[-1], self.dtype, name="o")(einops.rearrange(out, "n t h d -> n t (h d)")), (k, v)
+
+
+def attend(q: Array, k: Array, v: Array, seen: Array, start: Array | int = 0) -> Array:
+    """Queries [n, T, H, d] over those slots [n, S, H, d] that they have `seen` [n, T, S] -> [n, T, H, d].
+
+    Long texts go QUERIES at a time, whose scores the backward pass makes again. Where the slot of the first query,
+    `start`, is known while compiling, slots after a block, which it never sees, are left out.
+    """
+    tokens, slots = seen.shape[1:]
+    if tokens <= QUERIES:
+        return _attend(q, k, v, seen)
+    block, parts = jax.checkpoint(_attend), []
+    for first in range(0, tokens, QUERIES):
+        rows = slice(first, first + QUERIES)
+        end = min(start + first + QUERIES, slots) if isinstance(start, int) else slots
+        parts.append(block(q[:, rows], k[:, :end], v[:, :end], seen[:, rows, :end]))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    precision = _precision(q.dtype)
+    scores = jnp.einsum("nthd,nshd->nhts", q, k, precision=precision) / (q.shape[-1] ** 0.5)
+    scores = jnp.where(seen[:, None], scores.astype(jnp.float32), HIDDEN)
+    return jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores).astype(q.dtype), v, precision=precision)
 
 
 class Linear(nn.Module):
@@ -147,7 +182,7 @@ class Linear(nn.Module):
             matrices += [self.get_variable("lora", "a"), self.get_variable("lora", "b") * LORA_SCALE]
         x = x.astype(self.dtype)
         product = partial(jnp.dot, precision=_precision(self.dtype))
-        kernel, *narrow = (matrix.astype(self.dtype) for matrix in matrices)
+        kernel, *narrow = (_whole(matrix.astype(self.dtype)) for matrix in matrices)
         out = product(x, kernel)
         return out + product(product(x, narrow[0]), narrow[1]) if narrow else out
 
@@ -205,6 +240,11 @@ def greedy(model: Llama, params, x: Array, mask: Array, limit: int, end: int = E
     texts = jnp.full((n, limit), PADDING, token.dtype)
     state = (0, token, jnp.zeros(n, bool), texts, cache)
     return jax.lax.while_loop(unfinished, write, state)[3]
+
+
+def _whole(weights: Array) -> Array:
+    """Weights on every device of the mesh that is set, if one is: they travel, and texts stay where they are."""
+    return weights if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(weights, jax.P())
 
 
 def _precision(dtype) -> jax.lax.Precision | None:
