@@ -1,12 +1,16 @@
 """Does a config fit, and what would it cost? Compiles the real training step ahead of time and reads the compiler.
 
     python -m raddino_jax.plan --config=configs/multicxr.py --topology=v5e:4x8 [--sweep]
+    python -m raddino_jax.plan --config=configs/report.py --topology=v5p:4x4x4
 
+Of pre-training and of report generation; the latter's language model and encoder need no weights for it, only sizes.
 With --topology no such hardware is needed (extra `tpu`); without it the devices at hand are used. A table goes to
 stdout and, as its last line, one JSON object; progress goes to stderr.
 """
 
 import contextlib
+import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +18,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 # libtpu is only asked for a description of chips that are not there: no metadata server, no lock.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -26,21 +31,34 @@ from absl import app, flags, logging
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from raddino_jax import flops, logs, sharding, train
+from raddino_jax import encoders, flops, logs, sharding, train
 from raddino_jax import params as trees
+from raddino_jax.conversion.llama import read_sizes
+from raddino_jax.data.pipeline import DataError
+from raddino_jax.evals import tune
+from raddino_jax.evals.patches import Eye
+from raddino_jax.evals.writer import Writer
 
 GIB = 2**30
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "s64": 8, "u64": 8}
 
 # Which knob helps most when a step does not fit, first what costs least.
-KNOBS = [
-    (lambda c, remat: remat == "none", "model.remat=dots"),
-    (lambda c, remat: remat == "dots", "model.remat=full"),
-    (lambda c, remat: c.loss.logits_budget > 2**24, "loss.logits_budget=0"),
-    (lambda c, remat: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
-    (lambda c, remat: True, "fewer images per chip, that is more chips"),
-]
+KNOBS = {
+    "pretrain": [
+        (lambda c, remat: remat == "none", "model.remat=dots"),
+        (lambda c, remat: remat == "dots", "model.remat=full"),
+        (lambda c, remat: c.loss.logits_budget > 2**24, "loss.logits_budget=0"),
+        (lambda c, remat: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
+        (lambda c, remat: True, "fewer images per chip, that is more chips"),
+    ],
+    "report": [
+        (lambda c, remat: c.mesh.fsdp > 0, "mesh.fsdp=0, all chips"),
+        (lambda c, remat: remat == "none", "remat=True"),
+        (lambda c, remat: not c.lora, "more accumulate or more chips; else lora=64, which is another recipe"),
+        (lambda c, remat: True, "more accumulate or more chips"),
+    ],
+}
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -67,25 +85,69 @@ def lower(config, devices) -> tuple[jax.stages.Lowered, train.Step]:
         return train.jit_step(constants, state, mesh).lower(state, batch), constants
 
 
+def lower_report(config, devices) -> tuple[jax.stages.Lowered, tune.Tune]:
+    """The step that tunes the writer of reports, on texts of `config.length` tokens. Raises encoders.WeightsError."""
+    if config.batch_size % (config.accumulate * len(devices)):
+        raise train.ConfigError(
+            f"batch_size={config.batch_size} must be a multiple of accumulate={config.accumulate} times the "
+            f"{len(devices)} chips"
+        )
+    mesh = sharding.make_mesh(devices, config.mesh.fsdp or len(devices))
+    constants = _tuning(config, devices[0].platform)
+    params = jax.eval_shape(partial(constants.writer.init, channels=constants.encode.shape[1]), jax.random.key(0))
+    state, frozen = jax.eval_shape(constants.fresh, params), jax.eval_shape(lambda: constants.encode.encoder.params)
+    state, frozen = (jax.tree.map(_placed, tree, sharding.shardings(tree, mesh)) for tree in (state, frozen))
+    n, size, places = config.batch_size, constants.encode.encoder.image_size, sharding.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((n, config.length), np.int32, sharding=places) for name in ("tokens", "labels")}
+    batch["mask"] = jax.ShapeDtypeStruct((n, config.length), bool, sharding=places)
+    batch["images"] = jax.ShapeDtypeStruct((n, size, size), np.uint8, sharding=places)
+    with jax.set_mesh(mesh):
+        return tune.jit_step(constants, state, frozen, mesh).lower(state, frozen, batch), constants
+
+
+def _tuning(config, platform: str) -> tune.Tune:
+    """Constants of a step: the sizes of `config.llm`, or `llm_sizes` where it names no folder; no weights are read."""
+    folder = Path(config.llm) / "config.json"
+    sizes = read_sizes(folder) if config.llm else config.llm_sizes.to_dict()
+    writer = Writer.of(sizes, dtype=config.compute_dtype, remat=config.remat, lora=config.lora)
+    changed = config.copy_and_resolve_references()
+    changed.weights = "random"
+    eye = _for_platform(Eye.open(changed, config.compute_dtype), platform)
+    return tune.Tune(
+        writer, eye, config.lr, config.warmup, tuple(config.betas), config.weight_decay, config.clip,
+        config.steps or 10**4, config.accumulate,
+    )  # fmt: skip
+
+
+def _for_platform(eye: Eye, platform: str) -> Eye:
+    """The same with the attention that is fast there: an encoder is opened for the devices at hand."""
+    encoder = copy.copy(eye.encoder)
+    encoder.network = encoders.computing(encoder.network, platform, np.dtype(encoder.dtype))
+    return dataclasses.replace(eye, encoder=encoder)
+
+
 def _placed(leaf, place):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def plan(config, topology: str) -> tuple[dict, str]:
-    """(the row of a config on a topology, the compiled program's text)."""
+    """(the row of a config on a topology, the compiled program's text). Raises ConfigError for tasks without a plan."""
+    if config.task not in FIELDS:
+        raise train.ConfigError(f"task={config.task!r} has no plan; {' and '.join(FIELDS)} have")
     devices = devices_of(topology)
     began = time.perf_counter()
-    lowered, constants = lower(config, devices)
+    lowered, constants = (lower_report if config.task == "report" else lower)(config, devices)
     try:
         compiled = lowered.compile()
         text, memory = compiled.as_text(), compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
         text, memory = "", Refused.of(error)
     seconds = time.perf_counter() - began
-    return _row(config, topology, devices, constants, memory, text, seconds), text
+    fields = FIELDS[config.task](config, len(devices), constants)
+    return _row(config, topology, devices, fields, memory, text, seconds), text
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Refused:
     """What is left of a memory analysis when the compiler gave up: the temporaries it asked for, in bytes."""
 
@@ -103,26 +165,55 @@ class Refused:
         return cls(float(asked[1]) * (GIB if asked[2] == "G" else 2**20))
 
 
-def _row(config, topology, devices, constants, memory, text, seconds) -> dict:
-    chip, views = flops.chip(devices[0]), constants.views
-    per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
-    work = per_image * config.batch_size
+def _of_pretraining(config, chips: int, constants: train.Step) -> dict:
+    """The fields of a row that say what is computed."""
+    views, objective = constants.views, constants.objective
+    per_image = flops.step(objective, views.global_size, views.local_size, views.local_crops)
+    student = jax.eval_shape(objective.init, jax.random.key(0))
+    return dict(
+        images_per_chip=config.batch_size / chips, image_size=views.global_size, prototypes=config.head.prototypes,
+        parameters=trees.count(student), remat=objective.backbone.remat, logits_budget=objective.logits_budget,
+        fsdp=config.mesh.fsdp, flops_per_step=per_image * config.batch_size,
+    )  # fmt: skip
+
+
+def _of_report(config, chips: int, constants: tune.Tune) -> dict:
+    """The same of tuning: `parameters` are those of the writer, `trained` those that have moments."""
+    patches, channels = constants.encode.shape
+    params = jax.eval_shape(partial(constants.writer.init, channels=channels), jax.random.key(0))
+    trained, _ = constants.writer.split(params)
+    per_text = flops.tuning(constants.writer, config.length, patches, channels) + _encoding(constants.encode)
+    return dict(
+        texts_per_chip=config.batch_size / chips, accumulate=config.accumulate, length=config.length,
+        patches=patches, encoder=config.encoder, lora=config.lora, parameters=trees.count(params),
+        trained=trees.count(trained), remat="full" if config.remat else "none", fsdp=config.mesh.fsdp or chips,
+        flops_per_step=per_text * config.batch_size,
+    )  # fmt: skip
+
+
+def _encoding(eye) -> float:
+    """FLOPs of a film's patches; counted with an attention that has no loops."""
+    size, params = eye.encoder.image_size, jax.eval_shape(lambda: eye.encoder.params)
+    return flops.traced(_for_platform(eye, "xla"), params, jax.ShapeDtypeStruct((1, size, size), np.uint8))
+
+
+FIELDS = {"pretrain": _of_pretraining, "report": _of_report}
+
+
+def _row(config, topology, devices, fields, memory, text, seconds) -> dict:
+    chip, work = flops.chip(devices[0]), fields["flops_per_step"]
     ideal = None if chip is None else work / (chip.peak * 1e12 * len(devices))
     peak = _reserved(memory) / GIB
     fits = None if chip is None else bool(peak <= chip.memory)
-    student = jax.eval_shape(constants.objective.init, jax.random.key(0))
     return dict(
         topology=topology or f"local {devices[0].device_kind} x {len(devices)}", chips=len(devices),
-        batch_size=config.batch_size, images_per_chip=config.batch_size / len(devices),
-        image_size=views.global_size, prototypes=config.head.prototypes, parameters=trees.count(student),
-        remat=constants.objective.backbone.remat, logits_budget=constants.objective.logits_budget,
-        fsdp=config.mesh.fsdp,
-        flops_per_step=work, ideal_step_seconds=ideal, half_peak_step_seconds=ideal and 2 * ideal,
+        batch_size=config.batch_size, **fields,
+        ideal_step_seconds=ideal, half_peak_step_seconds=ideal and 2 * ideal,
         peak_hbm_gib=peak, chip_hbm_gib=chip and chip.memory,
         argument_gib=memory.argument_size_in_bytes / GIB, temporary_gib=memory.temp_size_in_bytes / GIB,
         output_gib=memory.output_size_in_bytes / GIB, collectives=collectives(text), compile_seconds=seconds,
-        fits=fits, verdict=_verdict(config, constants.objective.backbone.remat, peak, chip),
-    )
+        fits=fits, verdict=_verdict(config, fields["remat"], peak, chip),
+    )  # fmt: skip
 
 
 def _reserved(memory) -> float:
@@ -136,7 +227,7 @@ def _verdict(config, remat: str, peak: float, chip) -> str:
         return f"needs {peak:.1f} GiB; what this device has is not known"
     if peak <= chip.memory:
         return f"fits: {peak:.1f} of {chip.memory} GiB per chip"
-    knob = next(text for applies, text in KNOBS if applies(config, remat))
+    knob = next(text for applies, text in KNOBS[config.task] if applies(config, remat))
     return f"does not fit by {peak - chip.memory:.1f} GiB per chip; first try {knob}"
 
 
@@ -211,6 +302,8 @@ def show(row: dict, write: Callable[[str], None] = print) -> None:
 
 def run(config, topology: str, swept: bool) -> None:
     """Plan one config, or its sweep; the table and, last, the JSON object go to stdout."""
+    if swept and config.task != "pretrain":
+        raise train.ConfigError("--sweep varies pre-training alone")
     configs = list(sweep(config, len(devices_of(topology)))) if swept else [config]
     rows = []
     for number, config in enumerate(configs, start=1):
@@ -231,7 +324,7 @@ def cli() -> None:
     try:
         logging.set_verbosity(logging.ERROR)
         app.run(lambda _: run(config.value, topology.value, swept.value))
-    except train.ConfigError as error:
+    except (train.ConfigError, DataError, encoders.WeightsError) as error:
         logs.say(f"raddino_jax: {error}")
         sys.exit(2)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import common, multicxr, quickstart
-from raddino_jax import plan
+from configs import report as reports
+from raddino_jax import plan, train
 
 TINY = (
     "batch_size=16,group_size=2,koleo_group=8,model.width=32,model.depth=2,model.heads=2,model.patch_size=8,"
@@ -22,6 +23,67 @@ def test_the_row_of_a_config_on_the_devices_at_hand():
     assert row["fits"] is None and row["peak_hbm_gib"] > 0 and row["flops_per_step"] > 0
     assert row["collectives"]["all-reduce"]["count"] > 0 and "all-reduce" in text
     assert {"topology", "image_size", "prototypes", "parameters"} <= json.loads(json.dumps(row)).keys()
+
+
+SMALL = (
+    "encoder=dinov2_vits14,image_size=28,batch_size=16,length=40,compute_dtype=float32,llm_sizes.vocabulary=64,"
+    "llm_sizes.width=32,llm_sizes.depth=2,llm_sizes.heads=2,llm_sizes.hidden=48,llm_sizes.positions=64"
+)
+
+
+def test_the_row_of_tuning_a_writer_spreads_what_is_trained_over_all_devices():
+    row, text = plan.plan(reports.get_config(SMALL), "")
+    language = 2 * 64 * 32 + 2 * (4 * 32**2 + 3 * 32 * 48 + 2 * 32) + 32
+    projector = 384 * 32 + 32 + 32**2 + 32
+    assert row["parameters"] == row["trained"] == language + projector
+    assert row["patches"] == 4 and row["texts_per_chip"] == 2 and row["fsdp"] == row["chips"] == 8
+    assert row["fits"] is None and row["peak_hbm_gib"] > 0 and row["flops_per_step"] > 16 * 3 * 2 * 40 * language / 2
+    assert row["collectives"]["all-gather"]["count"] > 0 and "all-gather" in text
+    json.dumps(row)
+
+
+def test_the_row_of_adapters_has_few_trained_parameters_and_holds_less():
+    whole, _ = plan.plan(reports.get_config(f"{SMALL},mesh.fsdp=1"), "")
+    few, _ = plan.plan(reports.get_config(f"{SMALL},mesh.fsdp=1,lora=2"), "")
+    adapters = 2 * 2 * (4 * 64 + 3 * (32 + 48))
+    assert few["trained"] == adapters + 384 * 32 + 32 + 32**2 + 32
+    assert few["parameters"] == whole["parameters"] + adapters
+    moments = 2 * 4 * (whole["trained"] - few["trained"]) - 4 * adapters
+    assert whole["argument_gib"] - few["argument_gib"] == pytest.approx(moments / plan.GIB, rel=0.01)
+    assert few["flops_per_step"] < whole["flops_per_step"]
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    ("batch_size=12", "multiple of accumulate=1 times the 8 chips"),
+    ("accumulate=4", "multiple of accumulate=4 times the 8 chips"),
+    ("task=probe", "has no plan"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_refused(arguments, told):
+    with pytest.raises(train.ConfigError, match=told):
+        plan.plan(reports.get_config(f"{SMALL},{arguments}"), "")
+
+
+def test_the_sizes_of_a_folder_are_those_that_are_planned(tmp_path):
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    rest = dict(model_type="llama", max_position_embeddings=64, rms_norm_eps=1e-5, rope_scaling=None)
+    (tmp_path / "config.json").write_text(json.dumps(sizes | rest))
+    config = reports.get_config(SMALL)
+    config.llm = str(tmp_path)
+    found = plan._tuning(config, "cpu").writer.llama
+    assert (found.vocabulary, found.width, found.depth, found.hidden) == (50, 16, 1, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(("topology", "gib"), [("v5p:4x4x4", 9), ("v5e:8x16", 5)])
+def test_a_language_model_of_seven_billion_parameters_fits_and_travels_a_layer_at_a_time(topology, gib):
+    """Minutes of compilation each; 7.5 and 3.9 GiB a chip, of 95 and 16."""
+    pytest.importorskip("libtpu", reason="planning for a TPU needs the extra tpu")
+    row, text = plan.plan(reports.get_config(), topology)
+    assert row["fits"] and row["peak_hbm_gib"] <= gib, row["verdict"]
+    assert row["parameters"] == row["trained"] == 6_738_415_616 + 768 * 4096 + 4096 + 4096**2 + 4096
+    scores = [dims for _, dims in _shapes(text) if dims[-2:] == (2048, 2048)]
+    assert not scores  # attention goes in blocks of queries
 
 
 def test_collectives_are_counted_with_their_bytes():
@@ -45,6 +107,11 @@ def test_the_verdict_names_by_how_much_and_the_first_knob():
     assert "more chips" in plan._verdict(config, "full", 20.0, chip)
     config.loss.logits_budget = 2**28
     assert "logits_budget" in plan._verdict(config, "full", 20.0, chip)
+    config = reports.get_config()
+    assert "remat=True" in plan._verdict(config, "none", 20.0, chip)
+    assert "lora=64" in plan._verdict(config, "full", 20.0, chip)
+    config.lora = 64
+    assert plan._verdict(config, "full", 20.0, chip).endswith("first try more accumulate or more chips")
 
 
 def test_a_sweep_leaves_out_what_cannot_run_and_its_frontier_what_needs_more():
