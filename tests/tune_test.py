@@ -1,5 +1,6 @@
 """Tuning: updates are PyTorch's, parts are the whole batch, meshes agree, a resumed run is the run that was not cut."""
 
+import dataclasses
 import math
 
 import jax
@@ -22,8 +23,8 @@ SIZES = dict(vocabulary=64, width=32, depth=1, heads=4, hidden=64, positions=32)
 STEPS, BATCH, CHANNELS = 6, 8, 5
 
 
-def made(lora=0, **more) -> tuple[Tune, dict]:
-    writer = Writer.of(SIZES, lora=lora)
+def made(lora=0, remat=False, **more) -> tuple[Tune, dict]:
+    writer = Writer.of(SIZES, lora=lora, remat=remat)
     settings = dict(lr=1e-2, warmup=0.3, betas=(0.9, 0.999), weight_decay=0.1, clip=1.0, steps=STEPS) | more
     return Tune(writer, None, **settings), writer.init(jax.random.key(0), CHANNELS)
 
@@ -44,9 +45,10 @@ def walk(constants: Tune, params: dict, fsdp: int = 1, devices: int = 1) -> tupl
     state = constants.fresh(sharding.place(params, mesh))
     state = jax.device_put(state, sharding.shardings(state, mesh))
     step, found = tune.jit_step(constants, state, {}, mesh), []
-    for batch in batches():
-        state, metrics = step(state, {}, sharding.to_devices(batch, mesh))
-        found.append({name: float(value) for name, value in metrics.items()})
+    with jax.set_mesh(mesh):
+        for batch in batches():
+            state, metrics = step(state, {}, sharding.to_devices(batch, mesh))
+            found.append({name: float(value) for name, value in metrics.items()})
     return trees.flatten(jax.device_get(state.params)), found
 
 
@@ -80,7 +82,8 @@ def test_parts_and_meshes_walk_the_trajectory_of_the_whole_batch_on_one_device(l
     constants, params = made(lora)
     whole, metrics = walk(constants, params)
     for other, mesh in ((made(lora, accumulate=4)[0], {}), (constants, dict(fsdp=4, devices=8)),
-                        (made(lora, accumulate=2)[0], dict(fsdp=4, devices=4))):
+                        (made(lora, accumulate=2)[0], dict(fsdp=4, devices=4)),
+                        (made(lora, remat=True)[0], dict(fsdp=2, devices=4))):
         found, told = walk(other, params, **mesh)
         for a, b in zip(metrics, told, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=2e-5) and b["grad_norm"] == pytest.approx(
@@ -104,6 +107,23 @@ def test_parameters_and_moments_are_spread_over_the_mesh():
 def config_of(**more):
     fields = dict(batch_size=BATCH, log_every=1, checkpoint_every=2, eval_every=0, lr=1e-2, mesh=dict(fsdp=0))
     return ConfigDict(fields | more)
+
+
+def test_networks_are_compiled_with_the_mesh_of_the_run_in_sight(tmp_path):
+    """Without it weights would not be gathered, and the attention of a TPU not be split."""
+    found = []
+
+    def encode(frozen, images):
+        found.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return images
+
+    def films(start):
+        for batch in batches(start):
+            yield {("images" if name == "features" else name): value for name, value in batch.items()}
+
+    constants, params = made(steps=1)
+    tune.run(config_of(), dataclasses.replace(constants, encode=encode), params, {}, films, tmp_path)
+    assert found and all(shape == {"data": 1, "fsdp": 8} for shape in found)
 
 
 class Cut(BaseException):

@@ -171,13 +171,14 @@ def _run(config, tune: Tune, params, frozen, batches, workdir: Path, val, saved)
         saved.check()
         _report(config, tune.steps, number, values, metrics, meter)
 
-    state, last = loop.run(
-        state, lambda state, batch: step(state, frozen, batch),
-        (sharding.to_devices(batch, mesh) for batch in batches(start)), start=start, steps=tune.steps, report=report,
-        save=lambda number, state: saved.save(number, _items(state)), evaluate=evaluate, meter=meter,
-        should_save=lambda number: number % config.checkpoint_every == 0,
-        stop=lambda number: hosts.ends_at(number, bool(stop)),
-    )  # fmt: skip
+    with jax.set_mesh(mesh):  # which networks ask for: attention on a TPU, weights that travel
+        state, last = loop.run(
+            state, lambda state, batch: step(state, frozen, batch),
+            (sharding.to_devices(batch, mesh) for batch in batches(start)), start=start, steps=tune.steps,
+            report=report, save=lambda number, state: saved.save(number, _items(state)), evaluate=evaluate, meter=meter,
+            should_save=lambda number: number % config.checkpoint_every == 0,
+            stop=lambda number: hosts.ends_at(number, bool(stop)),
+        )  # fmt: skip
     if metrics is not None:
         metrics.close()
     if last < tune.steps:
