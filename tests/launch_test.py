@@ -276,14 +276,14 @@ def test_a_slurm_job_that_is_preempted_or_out_of_time_saves_queues_again_and_end
     until(lambda: "idle" in subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, text=True).stdout,
           lambda: (folder / "daemons.log").read_text(), 60)
     workdir, log = tmp_path / "run", tmp_path / "job.log"
-    words = [*TINY, "--config.steps=600", "--config.checkpoint_every=200", "--config.log_every=1"]
+    words = ["--config.steps=600", "--config.checkpoint_every=200"]
     # Both nodes are this machine: their names resolve nowhere, so the address of task 0 is given.
     address = f"127.0.0.1:{port()}"
     told = environment | {"PYTHON": sys.executable, "JAX_COORDINATOR_ADDRESS": address, "XLA_FLAGS": QUICK}
     submit = ["sbatch", "--parsable", f"--output={log}"]
     number = subprocess.run(
         [*submit, "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
-         "--time=60", str(LAUNCH / "slurm.sh"), *words, f"--workdir={workdir}"],
+         "--time=60", str(LAUNCH / "slurm.sh"), *TINY, *words, f"--workdir={workdir}"],
         env=told, cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
 
