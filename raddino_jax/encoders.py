@@ -232,7 +232,8 @@ class Encoder:
         extra = -n % self.mesh.size
         if extra:
             batch = np.concatenate([batch, np.zeros((extra, *batch.shape[1:]), np.float32)])
-        out = compiled(self.params, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+        with jax.set_mesh(self.mesh):  # a TPU's attention kernel has to be told how a batch is split
+            out = compiled(self.params, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
         return {name: value[:n] for name, value in out.items()} if extra else out
 
     def _features(self, params, batch: Array) -> dict[str, Array]:
