@@ -29,6 +29,7 @@ def test_synthetic_films_come_with_their_sentences():
         drawn = synthetic.film(number, 32, seed=3)
         assert found.pairs[place].text == drawn.sentence and drawn.labels["view"] != "LATERAL"
         np.testing.assert_array_equal(found.film(place), drawn.image)
+        assert found.raw(place) == f"synthetic 3 {number} 32".encode()
     assert sum(len(found.split(name)) for name in ("train", "val", "test")) == len(found)
     assert _torn(found) == []
     given.seed = 1
@@ -70,6 +71,7 @@ def test_mimic_has_frontal_films_with_findings_of_the_official_splits(mimic):
     assert sorted(told) == sorted((names[k], splits[k], f"Heart size {k}.") for k in names)
     for place, pair in enumerate(found.pairs):
         np.testing.assert_array_equal(found.film(place), tree.films[pair.id].pixels)
+        assert tree.films[pair.id].pixels.tobytes() in found.raw(place)
 
 
 def test_a_share_of_the_patients_of_train_validates(mimic):
@@ -161,6 +163,7 @@ def test_a_folder_is_read_by_its_table(tmp_path):
     told = [(pair.id, pair.text, pair.split, pair.facts["ward"]) for pair in found.pairs]
     assert told == [("a.png", "Clear lungs.", "train", "x"), ("bb.png", "Effusion.", "test", "y")]
     np.testing.assert_array_equal(found.film(1), images.read(tmp_path / "films" / "bb.png"))
+    assert found.raw(1) == (tmp_path / "films" / "bb.png").read_bytes()
     one = pairs.open_pairs(config("dataset=folder", **folder_of(tmp_path, rows), where="ward=y"))
     assert [pair.id for pair in one.pairs] == ["bb.png"]
 

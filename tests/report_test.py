@@ -295,6 +295,16 @@ def test_shuffled_images_are_of_other_patients_of_the_same_split(done, tmp_path)
     assert report.called(given) == "tiny (shuffled images)"
 
 
+def test_a_narrow_model_from_scratch_begins_with_sums_as_large_as_llamas(done):
+    """0.02 at a width of 4,096; words are drawn as they are."""
+    workdir, given, _ = done
+    weights = task_of(given, workdir).params["llama"]
+    layer = weights["layers_0"]
+    for kernel in (layer["attn"]["q"]["kernel"], layer["down"]["kernel"], weights["lm_head"]["kernel"]):
+        assert kernel.std() * len(kernel) ** 0.5 == pytest.approx(0.02 * 64, rel=0.1)
+    assert weights["words"].std() == pytest.approx(0.02, rel=0.05) and (weights["norm"]["scale"] == 1).all()
+
+
 # --- encoders -----------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +321,18 @@ def test_clip_is_read_before_its_last_block_and_others_at_the_end(monkeypatch):
         np.testing.assert_allclose(found, block, atol=2e-4)
     with pytest.raises(PairError, match="feature_layer=-4: tiny has 3 blocks, no block -4"):
         patches.Eye.open(report_config.get_config("encoder=tiny,feature_layer=-4"), "float32")
+
+
+def test_neighbouring_patches_may_be_joined():
+    film = np.arange(48 * 40, dtype=np.uint32).reshape(48, 40).astype(np.uint8)
+    one = patches.Eye.open(report_config.get_config("encoder=tiny"), "float32")
+    four = patches.Eye.open(report_config.get_config("encoder=tiny,join=2"), "float32")
+    assert one.shape == (16, 16) and four.shape == (4, 64)
+    each, joined = (np.asarray(eye(eye.frozen, eye.levels(film)[None]))[0] for eye in (one, four))
+    for token, of in enumerate([(0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)]):
+        np.testing.assert_allclose(joined[token], each[list(of)].ravel(), atol=1e-5)
+    with pytest.raises(PairError, match="join=3 does not divide the 4 x 4 patches of tiny"):
+        patches.Eye.open(report_config.get_config("encoder=tiny,join=3"), "float32")
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------
@@ -347,6 +369,13 @@ def test_configs_that_cannot_run_are_refused_before_anything_is_read(tmp_path, m
     monkeypatch.setattr(report.Task, "open", lambda *_: pytest.fail("something was read"))
     with pytest.raises(ReportError, match=told):
         report.run(config(tmp_path, **fields), tmp_path)
+
+
+def test_on_a_tpu_reports_are_written_by_all_chips(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ReportError, match="decode_batch=4 must be a multiple of the 8 chips"):
+        report.check(config(tmp_path))
+    report.check(config(tmp_path, decode_batch=16))
 
 
 def _fails_to_load(*_, **__):

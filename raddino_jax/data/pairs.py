@@ -37,12 +37,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """kind: "synthetic" or "real". read: place of a pair -> its film, uint8 [H, W]."""
+    """kind: "synthetic" or "real". read: place of a pair -> its film, uint8 [H, W]; raw: -> what it is made from."""
 
     name: str
     kind: str
     pairs: list[Pair]
     read: Callable[[int], np.ndarray]
+    raw: Callable[[int], bytes]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -98,7 +99,11 @@ def _synthetic(config, tell) -> Pairs:
     for i, case in frontal:
         known = source.labels(i)
         pairs.append(Pair(f"synthetic-{i}", known["patient_id"], "", synthetic.sentence(case), known))
-    return Pairs("synthetic", "synthetic", _split(pairs, config.seed), lambda place: source[frontal[place][0]])
+    numbers = [i for i, _ in frontal]
+    return Pairs(
+        "synthetic", "synthetic", _split(pairs, config.seed), lambda place: source[numbers[place]],
+        lambda place: f"synthetic {seed} {numbers[place]} {data.image_size}".encode(),
+    )  # fmt: skip
 
 
 def _split(pairs: list[Pair], seed: int) -> list[Pair]:
@@ -125,7 +130,10 @@ def _folder(config, tell) -> Pairs:
     if nobody := [pair.id for pair in pairs if not pair.patient]:
         raise PairError(f"{data.csv}: {nobody[0]} has no patient ({data.patient_column}), so no side of a split")
     _refuse_twice([pair.id for pair in pairs], data.csv)
-    return Pairs("folder", "real", _split(pairs, config.seed), lambda place: images.read(files[place]))
+    return Pairs(
+        "folder", "real", _split(pairs, config.seed), lambda place: images.read(files[place]),
+        lambda place: files[place].read_bytes(),
+    )  # fmt: skip
 
 
 def _refuse_twice(ids: Sequence[str], where: str) -> None:
@@ -145,7 +153,7 @@ def _iu_xray(config, tell) -> Pairs:
     chosen = [i for i, row in enumerate(rows) if row["first_frontal"] == 1 and row["findings"].strip()]
     known = [rows[i] for i in chosen]
     pairs = [Pair(row["id"], row["patient"], "test", reports.clean(row["findings"]), row) for row in known]
-    return Pairs("iu_xray", "real", pairs, lambda place: _film(source, chosen[place]))
+    return _of_records("iu_xray", source, chosen, pairs)
 
 
 def _mimic_cxr(config, tell) -> Pairs:
@@ -163,7 +171,7 @@ def _mimic_cxr(config, tell) -> Pairs:
             f"config.data.reports={config.data.reports}: {len(texts)} reports with findings, none of a study of the "
             f"{len(rows)} prepared films; study numbers are expected, e.g. {rows[0]['study']}"
         )
-    return Pairs("mimic_cxr", "real", pairs, lambda place: _film(source, chosen[place]))
+    return _of_records("mimic_cxr", source, chosen, pairs)
 
 
 def _mimic_split(row: dict, val: float) -> str:
@@ -206,6 +214,9 @@ def _prepared(data_dir: str, name: str) -> tuple[store.Prepared, list[dict]]:
     return source, source.table.to_pylist()
 
 
-def _film(source: store.Prepared, record: int) -> np.ndarray:
-    """In the size it is stored in."""
-    return store.pixels(source.records[record], source.widths[record])
+def _of_records(name: str, source: store.Prepared, chosen: Sequence[int], pairs: list[Pair]) -> Pairs:
+    """Films in the size they are stored in. chosen: the record of each pair."""
+    return Pairs(
+        name, "real", pairs, lambda place: store.pixels(source.records[chosen[place]], source.widths[chosen[place]]),
+        lambda place: source.records[chosen[place]],
+    )  # fmt: skip

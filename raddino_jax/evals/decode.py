@@ -61,7 +61,8 @@ def answers(task, params: dict, batches: Iterator[Sequence[int]]) -> Iterator[li
     options = sharding.compiler_options(mesh)
     write = jax.jit(written, out_shardings=NamedSharding(mesh, P()), compiler_options=options)
     for _, shown in task.seen(batches):
-        found = np.asarray(write(params, frozen, _rows(shown, mesh), *asked))
+        with jax.set_mesh(mesh):
+            found = np.asarray(write(params, frozen, _rows(shown, mesh), *asked))
         yield [task.tokenizer.decode(row) for row in found]
 
 

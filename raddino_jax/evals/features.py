@@ -22,7 +22,7 @@ from PIL import Image
 
 import raddino_jax
 from raddino_jax import logs
-from raddino_jax.data import pipeline, store
+from raddino_jax.data import pairs, pipeline, store
 from raddino_jax.models import vit
 
 PIXELS = 32  # side of the grey raster that every encoder has to beat
@@ -59,6 +59,8 @@ def _bytes(source, film: int, read: Callable[[], np.ndarray]) -> bytes:
         return source.files[film].read_bytes()
     if isinstance(source, store.Prepared):
         return source.records[int(source.films[film])]
+    if isinstance(source, pairs.Pairs):
+        return source.raw(film)
     pixels = read()
     return repr(pixels.shape).encode() + pixels.tobytes()
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,16 +26,23 @@ LAYERS = {"clip_vitl14_224": -2, "clip_vitl14_336": -2}
 
 @dataclass(frozen=True)
 class Eye:
-    """Levels uint8 [n, S, S] -> patches float32 [n, P, C]; to be traced. layer: as `Encoder.block` counts."""
+    """Levels uint8 [n, S, S] -> patches float32 [n, P, C]; to be traced.
+
+    layer: as `Encoder.block` counts. join: patches per side of a square that becomes one, its features side by side.
+    """
 
     encoder: encoders.Encoder
     layer: int
+    join: int = 1
 
     @classmethod
     def open(cls, config, dtype: str) -> "Eye":
         """The encoder of a config. Raises encoders.WeightsError, PairError for a layer that it has not."""
         encoder = heads.sized(encoders.load(config.encoder, config.weights, dtype), config.image_size)
-        eye = cls(encoder, config.feature_layer or LAYERS.get(config.encoder, -1))
+        eye = cls(encoder, config.feature_layer or LAYERS.get(config.encoder, -1), config.join)
+        side = encoder.image_size // encoder.patch_size
+        if config.join < 1 or side % config.join:
+            raise PairError(f"join={config.join} does not divide the {side} x {side} patches of {encoder.name}")
         try:
             _ = eye.shape
         except ValueError as error:
@@ -59,7 +67,8 @@ class Eye:
     def __call__(self, frozen: dict, levels: Array) -> Array:
         films = heads.films_of(levels, self.encoder.settings)
         maps = self.encoder.block(frozen, films, self.layer)
-        return jax.lax.stop_gradient(maps.reshape(len(maps), -1, maps.shape[-1]))
+        joined = einops.rearrange(maps, "n (h a) (w b) c -> n (h w) (a b c)", a=self.join, b=self.join)
+        return jax.lax.stop_gradient(joined)
 
     def read(self, pairs: Pairs, batches: Iterator[Sequence[int]], threads: int) -> Iterator[np.ndarray]:
         """Levels [n, S, S] of batches of places; the next batch is read while this one is used."""
@@ -78,7 +87,10 @@ class Eye:
 
     def kept(self, pairs: Pairs, places: np.ndarray, folder: str, batch: int, threads: int) -> np.ndarray:
         """Patches [len(places), P, C] of films, computed once and kept in a folder, as `features` does it."""
-        about = {"feature": f"patches of block {self.layer}", "encoder": features.identity(self.encoder)}
+        about = {
+            "feature": f"patches of block {self.layer}, join {self.join}",
+            "encoder": features.identity(self.encoder),
+        }
 
         def compute(films: features.Films) -> Iterator[np.ndarray]:
             see, starts = jax.jit(self), range(0, len(places), batch)

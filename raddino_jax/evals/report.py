@@ -83,6 +83,8 @@ def check(config) -> None:
             (config.batch_size % (config.accumulate * hosts.count()) != 0,
              f"batch_size={config.batch_size} must be a multiple of accumulate={config.accumulate} times the "
              f"{hosts.count()} processes"),
+            (config.decode_batch % jax.device_count() != 0 and jax.default_backend() == "tpu",
+             f"decode_batch={config.decode_batch} must be a multiple of the {jax.device_count()} chips"),
             (config.lr <= 0, f"lr={config.lr} must be positive"),
             (config.lora < 0, f"lora={config.lora} is a rank, 0 for none"),
         ) if bad
@@ -159,7 +161,10 @@ class Task:
     @property
     def made(self) -> dict:
         """What a projector of this task reads."""
-        return {"encoder": self.config.encoder, "layer": self.eye.layer, "image_size": self.eye.encoder.image_size}
+        eye = self.eye
+        return {
+            "encoder": self.config.encoder, "layer": eye.layer, "image_size": eye.encoder.image_size, "join": eye.join
+        }  # fmt: skip
 
     def writer(self, dtype: str, lora: int = 0, remat: bool = False) -> Writer:
         """The model without weights, computing in a type."""
@@ -180,7 +185,8 @@ class Task:
         def fresh():  # jitted, so that what is given already is not drawn
             return {name: tree for name, tree in writer.init(key, channels).items() if name not in given}
 
-        return jax.tree.map(lambda x: np.asarray(x, np.float32), fresh() | given)
+        found = jax.tree.map(lambda x: np.asarray(x, np.float32), fresh() | given)
+        return found | ({"llama": _as_wide(found["llama"])} if config.init == "random" else {})
 
     def merged(self, params: dict) -> dict:
         """Parameters without adapters."""
@@ -337,6 +343,16 @@ def _sizes(config, words: Tokenizer) -> dict:
         return folders.read_sizes(Path(config.llm) / "config.json")
     model = Llama(**config.llm_sizes.to_dict() | ({} if config.tokenizer else {"vocabulary": words.size}))
     return {name: getattr(model, name) for name in (*folders.SIZES.values(), "theta")}
+
+
+def _as_wide(weights: dict) -> dict:
+    """Fresh weights of a language model whose sums are as large as those of Llama's width of 4,096.
+
+    Its deviation of 0.02 lets a narrow model attend to everything alike, and to no patch in particular, for long.
+    """
+    flat = trees.flatten(weights)
+    kernels = {name: value * (4096 / len(value)) ** 0.5 for name, value in flat.items() if name.endswith("kernel")}
+    return trees.unflatten(flat | kernels)
 
 
 def _shown(config, source: Pairs) -> np.ndarray:
