@@ -149,6 +149,24 @@ def test_iu_xray_is_an_external_test_of_a_tuned_model(done, tmp_path):
     assert "findings_f1" not in {row["metric"] for row in rows}
 
 
+def test_the_film_decides_what_is_written(tmp_path):
+    """Learned by heart, each of a few films calls forth its own text, whichever text it is set beside."""
+    given = config(
+        tmp_path, data__films=24, steps=60, lr=3e-3, batch_size=16, split="train", new_tokens=44, eval_every=0
+    )
+    given.llm_sizes.update(width=64, heads=4, hidden=128)
+    (tmp_path / "run").mkdir()
+    assert report.write(given, tmp_path / "run")
+    lines = decode.read(tmp_path / "run")
+    texts = [line["reference"] for line in lines]
+    assert len(set(texts)) > 10 and [line["prediction"] for line in lines] == texts
+    other = given.copy_and_resolve_references()
+    other.update(init="weights", llm=str(tmp_path / "run" / "writer"), steps=0, epochs=0, shuffle_images=True)
+    task = task_of(other, tmp_path)
+    decode.run(task, task.params, tmp_path)
+    assert predictions(tmp_path) == [task.source.pairs[task.shown[place]].text for place in task.tested]
+
+
 # --- going on -----------------------------------------------------------------------------------------------------
 
 

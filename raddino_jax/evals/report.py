@@ -359,7 +359,8 @@ def _shown(config, source: Pairs) -> np.ndarray:
     shown = np.arange(len(source))
     if config.shuffle_images:
         logs.say("CONTROL: each text has the film of another patient")
-        for places in filter(len, map(source.split, cases.SPLITS)):
+        used = {"train", config.split} | ({"val"} if config.eval_every else set())
+        for places in filter(len, map(source.split, sorted(used))):
             patients = [source.pairs[place].patient for place in places]
             shown[places] = places[pairs.exchanged(patients, config.seed)]
     return shown
