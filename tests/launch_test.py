@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from cluster import QUICK, ROOT, TINY, Run, rows, saved
@@ -312,4 +313,9 @@ def test_a_slurm_job_that_is_preempted_or_out_of_time_saves_queues_again_and_end
     assert log.read_text().count("queued again") == 2 and log.read_text().count("resumed from step") == 2
     whole = Run(tmp_path / "whole", *words, processes=2)
     whole.finish()
-    assert rows(workdir) == rows(tmp_path / "whole")
+    ours, wanted = rows(workdir), rows(tmp_path / "whole")
+    assert [row["step"] for row in ours] == list(range(1, 601))
+    # Not to the last digit, as in faults_of_processes_test: SLURM gives a process cores of its own, and with another
+    # number of them sums are split otherwise.
+    for name in ("loss", "dino_global", "dino_local", "ibot", "grad_norm_backbone"):
+        np.testing.assert_allclose([row[name] for row in ours], [row[name] for row in wanted], rtol=1e-5, err_msg=name)
