@@ -76,6 +76,11 @@ HOMES = {
     "sklearn": {"evals"},
     "tensorflow": set(),
 }
+# What they are called where they are installed from, if otherwise: known here, so that nothing has to be installed.
+CALLED = {
+    "PIL": "pillow", "absl": "absl-py", "gdcm": "python-gdcm", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}  # fmt: skip
 INSIDE_FUNCTIONS = {"torch", "torchvision", "transformers", "safetensors.torch"}
 
 
@@ -188,7 +193,7 @@ def test_what_is_imported_at_the_top_is_a_core_dependency():
             top = target.partition(".")[0]
             if inside or top in ("raddino_jax", "configs") or top in sys.stdlib_module_names:
                 continue
-            names = {re.sub(r"[-_.]+", "-", n).lower() for n in distributions.get(top, [top])}
+            names = {re.sub(r"[-_.]+", "-", n).lower() for n in distributions.get(top, [CALLED.get(top, top)])}
             if not names & core:
                 missing.append(f"{module}:{line}: {top} ({sorted(names)})")
     assert not missing, "\n".join(missing)
