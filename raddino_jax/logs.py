@@ -1,9 +1,11 @@
 """What a run says: metrics.jsonl, TensorBoard and one progress line, with throughput, data wait and MFU."""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 TIMINGS = ("images_per_second", "step_seconds", "data_wait_fraction", "mfu", "seconds")
@@ -125,6 +127,31 @@ class Meter:
         }
         self.reset()
         return self.last
+
+
+def tell_step(
+    metrics: Metrics | None, meter: Meter, step: int, steps: int, values: dict, every: int, shown: Sequence[str],
+    unit: str = "images",
+) -> None:  # fmt: skip
+    """Write a step's values and say those of `shown`: the first step, the last, each `every`-th, and a validated one.
+
+    For the trainings of evaluations, whose validation loss is "val_loss". metrics: None in processes that only check.
+    Raises FloatingPointError where a loss, a gradient or a rate is no number: nothing is saved after it.
+    """
+    values = {name: float(value) for name, value in values.items()}
+    learned = {name: value for name, value in values.items() if name != "val_loss"}
+    if wrong := [f"{name} {value}" for name, value in learned.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"step {step}: {', '.join(wrong)}: lower config.lr")
+    if metrics is None or (step not in (1, steps) and step % every and "val_loss" not in values):
+        return
+    rates = meter.rates()
+    metrics.write(step, values | {"images_per_second": rates["images_per_second"]})
+    told = "".join(f"  {name.replace('_', ' ')} {values[name]:.4f}" for name in (*shown, "val_loss") if name in values)
+    left = duration((steps - step) * rates["step_seconds"])
+    say(
+        f"step {step:{len(str(steps))}d}/{steps}{told}  {rates['images_per_second']:.1f} {unit}/s  "
+        f"data wait {rates['data_wait_fraction']:.0%}  eta {left}"
+    )
 
 
 def progress(step: int, steps: int, row: dict) -> str:

@@ -225,17 +225,17 @@ def _predict(tmp_path):
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_run_again(tmp_path, monkeypatch, capsys):
     """Ended in step 5 of 6, two steps after a checkpoint: losses and rows are those of a run that was left alone."""
     given = config(checkpoint_every=3)
-    whole, report = start(given, tmp_path / "whole"), fit._report
+    whole, tell = start(given, tmp_path / "whole"), logs.tell_step
 
-    def failing(config, steps, step, *rest):
+    def failing(metrics, meter, step, *rest):
         if step == 5:
             raise KeyboardInterrupt
-        report(config, steps, step, *rest)
+        tell(metrics, meter, step, *rest)
 
-    monkeypatch.setattr(fit, "_report", failing)
+    monkeypatch.setattr(logs, "tell_step", failing)
     with pytest.raises(KeyboardInterrupt):
         start(given, tmp_path / "resumed")
-    monkeypatch.setattr(fit, "_report", report)
+    monkeypatch.setattr(logs, "tell_step", tell)
     assert start(given, tmp_path / "resumed") == whole
     assert "resumed from step 3 of 6" in capsys.readouterr().err
     losses = [

@@ -169,3 +169,13 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     constants, params = made(lr=float("inf"))
     with pytest.raises(FloatingPointError, match="lower config.lr"):
         tune.run(config_of(), constants, params, {}, batches, tmp_path)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    constants, params = made()
+    step = Tune.step
+    monkeypatch.setattr(Tune, "step", lambda *given: (lambda state, told: (state, told | {"grad_norm": jnp.nan}))(
+        *step(*given)))
+    with pytest.raises(FloatingPointError, match="step 1: grad_norm nan"):
+        tune.run(config_of(checkpoint_every=1), constants, params, {}, batches, tmp_path)
+    assert not [p for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit()]

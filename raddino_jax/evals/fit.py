@@ -162,7 +162,7 @@ def _run(config, fit: Fit, train, val, every, workdir, saved) -> dict | None:
 
     def report(step, values):
         saved.check()
-        _report(config, fit.steps, step, values, metrics, meter)
+        logs.tell_step(metrics, meter, step, fit.steps, values, config.log_every, ("loss", "dice_loss"))
 
     _, last = loop.run(
         state, lambda state, batch: step(state, frozen, *batch, featured=train.featured),
@@ -222,19 +222,3 @@ def _validation(validate: Callable, variables, frozen, films: Films, batch_size:
         for name, value in validate(variables, frozen, *placed(part, mesh), featured=films.featured).items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
     return float(dice.loss({name: np.float64(value) for name, value in sums.items()}))
-
-
-def _report(config, steps, step, values, metrics, meter) -> None:
-    values = {name: float(value) for name, value in values.items()}
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss of step {step} is {values['loss']}: lower config.lr ({config.lr})")
-    if step not in (1, steps) and step % config.log_every and "val_loss" not in values:
-        return
-    rates = meter.rates()
-    metrics.write(step, values | {"images_per_second": rates["images_per_second"]})
-    told = f"  val {values['val_loss']:.4f}" if "val_loss" in values else ""
-    left = logs.duration((steps - step) * rates["step_seconds"])
-    logs.say(
-        f"step {step:{len(str(steps))}d}/{steps}  loss {values['loss']:.4f}  dice loss {values['dice_loss']:.4f}{told}"
-        f"  {rates['images_per_second']:.1f} images/s  eta {left}"
-    )

@@ -210,7 +210,7 @@ class Task:
         writer = self.writer(c.compute_dtype, c.lora, c.remat)
         constants = tune.Tune(
             writer=writer, encode=eye, lr=c.lr, warmup=c.warmup, betas=tuple(c.betas), weight_decay=c.weight_decay,
-            clip=c.clip, steps=self.steps, accumulate=c.accumulate, seed=c.seed,
+            clip=c.clip, steps=self.steps, accumulate=c.accumulate,
         )  # fmt: skip
         return tune.run(c, constants, self.params, eye.frozen if eye else {}, self.batches, workdir, self.val_batches)
 

@@ -57,7 +57,6 @@ class Tune:
     clip: float
     steps: int
     accumulate: int = 1
-    seed: int = 0
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -131,8 +130,8 @@ def run(
 
     Of several processes all call it. config: `batch_size`, `log_every`, `checkpoint_every`, `eval_every` and `mesh` of
     configs/report.py. batches(step): this process's rows of the batches of steps step + 1 on, as numpy arrays; val():
-    those of the validation part, whose loss is logged every `eval_every` steps. Raises FloatingPointError where the
-    loss is no number.
+    those of the validation part, whose loss is logged every `eval_every` steps. Raises FloatingPointError where a loss
+    or a gradient is no number.
     """
     saved = checkpoints.Checkpoints(workdir, keep=2)
     try:
@@ -169,7 +168,7 @@ def _run(config, tune: Tune, params, frozen, batches, workdir: Path, val, saved)
 
     def report(number: int, values: dict) -> None:
         saved.check()
-        _report(config, tune.steps, number, values, metrics, meter)
+        logs.tell_step(metrics, meter, number, tune.steps, values, config.log_every, ("loss",), "reports")
 
     with jax.set_mesh(mesh):  # which networks ask for: attention on a TPU, weights that travel
         state, last = loop.run(
@@ -199,19 +198,3 @@ def _items(state: State) -> dict:
 def _restored(saved, step: int, like: State) -> State:
     items = saved.restore(step, _items(like))
     return like.replace(step=items["rest"]["step"], trained=items["student"], opt=items["opt"])
-
-
-def _report(config, steps: int, step: int, values: dict, metrics, meter) -> None:
-    values = {name: float(value) for name, value in values.items()}
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss of step {step} is {values['loss']}: lower config.lr ({config.lr})")
-    if metrics is None or (step not in (1, steps) and step % config.log_every and "val_loss" not in values):
-        return
-    rates = meter.rates()
-    metrics.write(step, values | {"images_per_second": rates["images_per_second"]})
-    told = f"  val {values['val_loss']:.4f}" if "val_loss" in values else ""
-    left = logs.duration((steps - step) * rates["step_seconds"])
-    logs.say(
-        f"step {step:{len(str(steps))}d}/{steps}  loss {values['loss']:.4f}{told}  {rates['images_per_second']:.1f} "
-        f"reports/s  data wait {rates['data_wait_fraction']:.0%}  eta {left}"
-    )
