@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -88,10 +87,7 @@ def views_and_update(config, mesh) -> tuple[Work, dict, train.Step]:
     arrays = {name: np.asarray(view) for name, view in views.items()} | {"masks": masks, "student": state.student}
     arrays = jax.tree.map(np.array, arrays)  # copies: the step donates the state
     key = jax.random.key(config.seed)
-    options = sharding.compiler_options(mesh)
-    run = jax.jit(
-        lambda s, v, m: train.update(s, v, m, key, constants), donate_argnums=0, compiler_options=options
-    )
+    run = jax.jit(lambda s, v, m: train.update(s, v, m, key, constants), donate_argnums=0)
     held = {"state": state}
 
     def turn():
@@ -110,7 +106,7 @@ def encode(config, mesh, images: int) -> tuple[Work, dict]:
     params = jax.jit(backbone.init)(jax.random.key(config.seed), films[:1])
     held = jax.device_put(films, sharding.batch_sharding(mesh)) if images % mesh.size == 0 else films
 
-    @partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
+    @jax.jit
     def run(params, films):
         out = backbone.apply(params, films)
         return out["cls"], out["patches"]

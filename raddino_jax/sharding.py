@@ -5,10 +5,8 @@ One mesh with two axes: `data` and `fsdp`. A batch is split over both, parameter
 
 import contextlib
 import ctypes
-import functools
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,10 +16,6 @@ from jax.sharding import PartitionSpec as P
 from raddino_jax import params as trees
 
 BATCH = P(("data", "fsdp"))
-
-# Of jax.jit on a CPU. XLA's YNN kernels need AVX-512 to pay: without it a step of ViT-S takes 1.3 times as long as
-# with Eigen's, with it the step takes as long and encoding at 518 px a tenth less (two cores, jaxlib 0.10.2).
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 # mallopt's names in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -62,20 +56,6 @@ def keep_memory() -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def compiler_options(mesh: Mesh) -> dict:
-    """What to pass to jax.jit as `compiler_options` for the devices of a mesh."""
-    return {} if mesh.devices.flat[0].platform != "cpu" or _wide_vectors() else EIGEN
-
-
-@functools.cache
-def _wide_vectors() -> bool:
-    """Whether this machine's CPU says that it has AVX-512."""
-    try:
-        return "avx512f" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def shardings(tree, mesh: Mesh):

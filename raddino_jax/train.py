@@ -409,7 +409,6 @@ def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
         in_shardings=(places, sharding.batch_sharding(mesh)),
         out_shardings=(places, None),
         donate_argnums=0,
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from configs import common, quickstart
-from raddino_jax import logs, sharding
+from raddino_jax import logs
 
 ROOT = Path(__file__).resolve().parent.parent
 # The quickstart, as small as it goes; everything random stays on.
@@ -32,8 +32,7 @@ TINY = [
 ]
 # Many compilations, few steps. All runs that are compared are compiled alike, in this process and in others: a level of
 # grey that comes to lie on the border between two is rounded to one or the other by how products and sums were fused.
-COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-QUICK = " ".join(f"--{name}={str(value).lower()}" for name, value in COMPILER.items())
+QUICK = "jax_disable_most_optimizations"
 
 
 def tiny(*more: str):
@@ -48,8 +47,11 @@ def devices_here(number: int):
     all_of_them = jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: all_of_them[:number])
-        patch.setattr(sharding, "compiler_options", lambda mesh: COMPILER)
-        yield
+        jax.config.update(QUICK, True)
+        try:
+            yield
+        finally:
+            jax.config.update(QUICK, False)
 
 
 class Run:
@@ -63,7 +65,9 @@ class Run:
         for i in range(processes):
             several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
             words = [sys.executable, *code, f"--workdir={workdir}", *TINY, *more]
-            environment = os.environ | {"XLA_FLAGS": QUICK, "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)}
+            environment = os.environ | {
+                "XLA_FLAGS": "", QUICK.upper(): "1", "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)
+            }  # fmt: skip
             if devices == 1:
                 del environment["JAX_NUM_CPU_DEVICES"]
                 environment.pop("PJRT_NPROC", None)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from raddino_jax.models import ops
 
@@ -26,6 +27,12 @@ def _plain_linear(x, kernel, bias):
 
 def _plain_norm(x, scale, bias):
     return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + ops.EPS) * scale + bias
+
+
+def test_erf_is_that_of_scipy():
+    x = np.concatenate([np.linspace(-7, 7, 100_001), [-np.inf, -3e38, -1e-30, 0, 1e-30, 3e38, np.inf]])
+    np.testing.assert_allclose(jax.jit(ops.erf)(np.float32(x)), scipy.special.erf(x), rtol=5e-7, atol=4e-7)
+    assert np.isnan(ops.erf(jnp.nan))
 
 
 def _weights(*shape):

@@ -58,8 +58,7 @@ def answers(task, params: dict, batches: Iterator[Sequence[int]]) -> Iterator[li
         features = shown["features"] if eye is None else eye(frozen, shown["images"])
         return writer.write(params, features, tokens, mask, config.new_tokens)
 
-    options = sharding.compiler_options(mesh)
-    write = jax.jit(written, out_shardings=NamedSharding(mesh, P()), compiler_options=options)
+    write = jax.jit(written, out_shardings=NamedSharding(mesh, P()))
     for _, shown in task.seen(batches):
         with jax.set_mesh(mesh):
             found = np.asarray(write(params, frozen, _rows(shown, mesh), *asked))

@@ -146,9 +146,9 @@ def _run(config, fit: Fit, train, val, every, workdir, saved) -> dict | None:
         logs.say(f"{workdir}: resumed from step {start} of {fit.steps}")
     if start >= fit.steps:
         return best.variables
-    frozen, options = fit.head.frozen, sharding.compiler_options(mesh)
-    step = jax.jit(fit.step, static_argnames="featured", donate_argnums=0, compiler_options=options)
-    validate = jax.jit(fit.validate, static_argnames="featured", compiler_options=options)
+    frozen = fit.head.frozen
+    step = jax.jit(fit.step, static_argnames="featured", donate_argnums=0)
+    validate = jax.jit(fit.validate, static_argnames="featured")
     metrics, meter = logs.Metrics(workdir, start), logs.Meter(fit.batch_size, 0.0, None)
     stop = loop.Terminated()
 

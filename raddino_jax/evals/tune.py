@@ -118,7 +118,6 @@ def jit_step(tune: Tune, state: State, frozen: dict, mesh) -> Callable:
         tune.step,
         in_shardings=(places, sharding.shardings(frozen, mesh), sharding.batch_sharding(mesh)),
         out_shardings=(places, NamedSharding(mesh, P())), donate_argnums=0,
-        compiler_options=sharding.compiler_options(mesh),
     )  # fmt: skip
 
 
