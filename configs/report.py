@@ -81,8 +81,9 @@ def tiny(config: ConfigDict) -> None:
     """A language model of 0.2 million parameters from scratch, on synthetic films: a quarter of an hour of a core."""
     config.update(dataset="synthetic", encoder="runs/quickstart", init="random", compute_dtype="float32", remat=False)
     config.llm_sizes.update(vocabulary=1024, width=64, depth=2, heads=4, hidden=172, positions=512)
-    config.update(batch_size=32, steps=1500, lr=1e-3, length=384, new_tokens=48, decode_batch=64)
-    config.update(log_every=50, checkpoint_every=500)
+    config.update(join=3, batch_size=64, steps=2000, lr=3e-3, length=384, new_tokens=48, decode_batch=64)
+    config.update(log_every=50, checkpoint_every=500, eval_every=500)
+    config.data.films = 16_000
 
 
 def lora(config: ConfigDict) -> None:
