@@ -30,9 +30,6 @@ TINY = [
     "--config.head.hidden=32", "--config.data.image_size=40", "--config.data.synthetic_size=64", "--config.log_every=1",
     "--config.checkpoint_every=4", "--config.steps=20", "--config.then=()", "--config.eval_every=0",
 ]
-# Many compilations, few steps. All runs that are compared are compiled alike, in this process and in others: a level of
-# grey that comes to lie on the border between two is rounded to one or the other by how products and sums were fused.
-QUICK = "jax_disable_most_optimizations"
 
 
 def tiny(*more: str):
@@ -47,11 +44,7 @@ def devices_here(number: int):
     all_of_them = jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: all_of_them[:number])
-        jax.config.update(QUICK, True)
-        try:
-            yield
-        finally:
-            jax.config.update(QUICK, False)
+        yield
 
 
 class Run:
@@ -65,9 +58,7 @@ class Run:
         for i in range(processes):
             several = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
             words = [sys.executable, *code, f"--workdir={workdir}", *TINY, *more]
-            environment = os.environ | {
-                "XLA_FLAGS": "", QUICK.upper(): "1", "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)
-            }  # fmt: skip
+            environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices), "PROCESS": str(i)}
             if devices == 1:
                 del environment["JAX_NUM_CPU_DEVICES"]
                 environment.pop("PJRT_NPROC", None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from cluster import QUICK, ROOT, TINY, Run, rows, saved
+from cluster import ROOT, TINY, Run, rows, saved
 
 from raddino_jax import logs
 
@@ -37,7 +37,7 @@ def test_every_launcher_says_how_to_use_it(name):
 
 
 def local(processes, *words: str, logs_in: Path) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": QUICK, "PYTHON": sys.executable, "LOGS": str(logs_in)}
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHON": sys.executable, "LOGS": str(logs_in)}
     command = ["bash", str(LAUNCH / "local.sh"), str(processes), *words]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd="/")
 
@@ -280,7 +280,7 @@ def test_a_slurm_job_that_is_preempted_or_out_of_time_saves_queues_again_and_end
     words = ["--config.steps=600", "--config.checkpoint_every=200"]
     # Both nodes are this machine: their names resolve nowhere, so the address of task 0 is given.
     address = f"127.0.0.1:{port()}"
-    told = environment | {"PYTHON": sys.executable, "JAX_COORDINATOR_ADDRESS": address, "XLA_FLAGS": QUICK}
+    told = environment | {"PYTHON": sys.executable, "JAX_COORDINATOR_ADDRESS": address, "XLA_FLAGS": ""}
     submit = ["sbatch", "--parsable", f"--output={log}"]
     number = subprocess.run(
         [*submit, "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",

@@ -14,7 +14,6 @@ import pytest
 from raddino_jax import losses
 
 K, B = 29, 6
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 def _unit(*shape, seed=0) -> np.ndarray:
@@ -75,7 +74,7 @@ def test_cross_entropy_and_its_gradients_equal_autodiff_over_all_logits(shards, 
     def plain(student, prototypes):
         return 3 * _plain(student, prototypes, teacher)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(*args):
         return *(jax.value_and_grad(f, argnums=(0, 1))(*args) for f in (ours, plain)), ours(*args)
 
@@ -163,7 +162,7 @@ def _literal_sinkhorn(logits, temperature, iterations=3):
     return (q * n).T
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _targets(rows, valid, prototypes, temperature, iterations=3, budget=2**26):
     bias = losses.sinkhorn_bias(rows, valid, prototypes, temperature, iterations, budget)
     return losses.targets(rows, prototypes, temperature, bias), bias
@@ -250,7 +249,7 @@ def _literal_koleo(x):
     return total / len(x)
 
 
-_koleo = jax.jit(jax.value_and_grad(losses.koleo), compiler_options=QUICK)
+_koleo = jax.jit(jax.value_and_grad(losses.koleo))
 
 
 def test_koleo_equals_brute_force_inside_each_group():

@@ -19,7 +19,6 @@ from raddino_jax.objective import Objective, masked_tokens
 
 IMAGES, LOCAL, PATCHES, TEMPERATURE = 8, 2, 16, 0.05
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 # --- a backbone of a few lines: the transformer has a test of its own ---------------------------
@@ -99,9 +98,9 @@ def _loss(objective, student, teacher, views, masks, key):
     return objective(student, teacher, _centres(objective), views, masks, key, temperature)
 
 
-_value = jax.jit(_loss, static_argnums=0, compiler_options=QUICK)
+_value = jax.jit(_loss, static_argnums=0)
 _gradient = jax.jit(
-    jax.value_and_grad(_loss, argnums=(1, 2), has_aux=True), static_argnums=0, compiler_options=QUICK
+    jax.value_and_grad(_loss, argnums=(1, 2), has_aux=True), static_argnums=0
 )
 
 
@@ -273,7 +272,7 @@ def _pinned_crops(images: int = 4, first: int = 1, second: int = 0, local=(0, 3,
     }
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _jitted_compare(objective, taught, crops):
     return objective.compare({"dino_head": IDENTITY}, taught, crops)
 

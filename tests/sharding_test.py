@@ -29,7 +29,6 @@ TINY = (
     "optim.teacher_temperature=(0.04,0.04)"
 )
 STEPS = 3
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 # --- places -------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def _start(devices: int, fsdp: int, local_crops: int):
         state = train.init_state(constants, mesh, student)
         return state.replace(step=jax.device_put(np.int32(step), state.step.sharding))
 
-    step = train.jit_step(constants, fresh(), mesh).lower(fresh(), batches[0]).compile(QUICK)
+    step = train.jit_step(constants, fresh(), mesh).lower(fresh(), batches[0]).compile()
     return step, fresh, batches
 
 

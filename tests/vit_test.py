@@ -15,8 +15,6 @@ from scipy.special import erf
 from raddino_jax import params as trees
 from raddino_jax.models import attention, vit
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
-
 # --- sizes --------------------------------------------------------------------------------------
 
 PARAMETERS = {  # patches of 14 px, a position grid of 37 x 37; S, B, L and g as released
@@ -158,7 +156,7 @@ def _literal(model: vit.ViT, params: dict, images, masks=None, subsets=None) -> 
     return {name: np.stack(x) for name, x in out.items()} | {"patches": final[:, first:]}
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _apply(model: vit.ViT, params: dict, *args) -> dict:
     return model.apply({"params": params}, *args)
 
@@ -207,7 +205,7 @@ def test_fresh_weights_are_distributed_as_in_the_reference():
     """Plain normals of 0.02 (its truncation is at 100 sigma), tokens of 1e-6, uniform patches."""
     model = vit.ViT(96, 1, 2, patch_size=4, image_size=96, registers=40)
     key = jax.random.key(0, impl="rbg")  # compiles faster
-    flat = trees.flatten(jax.jit(model.init, compiler_options=QUICK)(key, jnp.zeros((1, 96, 96, 1)))["params"])
+    flat = trees.flatten(jax.jit(model.init)(key, jnp.zeros((1, 96, 96, 1)))["params"])
     normals = {name: 0.02 for name in flat if name.endswith("kernel") or name == "pos_embed"}
     del normals["patch_embed/kernel"]
     for name, sd in (normals | {"cls_token": 1e-6, "register_tokens": 1e-6}).items():
@@ -238,7 +236,7 @@ def _objective(remat: str):
 @functools.cache
 def _value_and_grad(remat: str):
     params, f = _objective(remat)
-    value, grad = jax.jit(jax.value_and_grad(f), compiler_options=QUICK)(params)
+    value, grad = jax.jit(jax.value_and_grad(f))(params)
     return value, trees.flatten(grad)
 
 
@@ -403,7 +401,7 @@ def test_no_rate_means_no_subset_for_a_block_and_for_all():
     assert drawn[0] == (None, None) and drawn[1][0].shape == (2, 4)
 
 
-@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=1)
 def _draw(key, groups):
     return vit.draw_subsets(key, jnp.arange(groups), 8, [0.5, 0.25, 0.5])
 

@@ -164,12 +164,13 @@ def _run(config, fit: Fit, train, val, every, workdir, saved) -> dict | None:
         saved.check()
         logs.tell_step(metrics, meter, step, fit.steps, values, config.log_every, ("loss", "dice_loss"))
 
-    _, last = loop.run(
-        state, lambda state, batch: step(state, frozen, *batch, featured=train.featured),
-        _batches(train, fit, start, mesh), start=start, steps=fit.steps, report=report,
-        save=lambda step, state: saved.save(step, _items(state, best)), evaluate=evaluate, meter=meter,
-        should_save=lambda step: step % config.checkpoint_every == 0, stop=lambda step: bool(stop),
-    )
+    with jax.set_mesh(mesh):  # which attention on a TPU asks for
+        _, last = loop.run(
+            state, lambda state, batch: step(state, frozen, *batch, featured=train.featured),
+            _batches(train, fit, start, mesh), start=start, steps=fit.steps, report=report,
+            save=lambda step, state: saved.save(step, _items(state, best)), evaluate=evaluate, meter=meter,
+            should_save=lambda step: step % config.checkpoint_every == 0, stop=lambda step: bool(stop),
+        )
     metrics.close()
     if last < fit.steps:
         logs.say(f"asked to end: step {last} is saved; the same command continues")

@@ -84,7 +84,8 @@ def _tpu(q: Array, k: Array, v: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _splash(q, k, v)
-    crops = jax.P(mesh.axis_names)  # a kernel cannot be partitioned: each device runs it on its crops
+    # A kernel cannot be partitioned: each device runs it on its crops, or on all where they cannot be shared out.
+    crops = jax.P(mesh.axis_names) if len(q) % mesh.size == 0 else jax.P()
     return jax.shard_map(_splash, in_specs=(crops, crops, crops), out_specs=crops, check_vma=False)(q, k, v)
 
 
