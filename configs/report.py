@@ -82,7 +82,7 @@ def tiny(config: ConfigDict) -> None:
     config.update(dataset="synthetic", encoder="runs/quickstart", init="random", compute_dtype="float32", remat=False)
     config.llm_sizes.update(vocabulary=1024, width=64, depth=2, heads=4, hidden=172, positions=512)
     config.update(join=3, batch_size=64, steps=2000, lr=3e-3, length=384, new_tokens=48, decode_batch=64)
-    config.update(log_every=50, checkpoint_every=500, eval_every=500)
+    config.update(log_every=50, checkpoint_every=500, eval_every=500, then=("figures",))
     config.data.films = 16_000
 
 

@@ -138,6 +138,7 @@ def _shapes(text):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_compiled_step_of_the_papers_run_holds_no_logits_and_updates_in_one_pass():
     pytest.importorskip("libtpu", reason="planning for a TPU needs the extra tpu")
     config = multicxr.get_config()

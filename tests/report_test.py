@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from configs import report as report_config
 from raddino_jax import encoders, hosts, logs, prepare
@@ -41,7 +42,7 @@ def config(folder: Path, arguments="", **fields) -> ConfigDict:
     given.data.update(films=60, image_size=SIZE)
     given.llm_sizes.update(vocabulary=450, width=32, depth=2, heads=2, hidden=48, positions=256)
     given.update(batch_size=8, steps=4, length=256, new_tokens=12, decode_batch=4, log_every=1, checkpoint_every=4)
-    given.update(encoder="tiny", features_dir=str(folder / "features"), eval_every=2)
+    given.update(join=1, lr=1e-3, encoder="tiny", features_dir=str(folder / "features"), eval_every=2)
     given.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return given
 
@@ -90,6 +91,19 @@ def test_a_run_trains_writes_and_scores(done):
     assert {(row["task"], row["dataset"], row["encoder"], row["data"]) for row in rows} == {
         ("report", "synthetic", "tiny", "synthetic")
     }
+
+
+def test_the_first_films_are_kept_and_shown_with_what_is_written_for_them(done):
+    workdir, given, _ = done
+    task, picture = task_of(given, workdir), decode.gallery(workdir)
+    lines = decode.read(workdir)[: decode.SHOWN]
+    assert [row["prediction"] for row in picture.numbers] == [line["prediction"] for line in lines]
+    for number, place in enumerate(task.tested[: decode.SHOWN]):
+        kept = np.asarray(Image.open(workdir / "films" / f"{number}.png"))
+        np.testing.assert_array_equal(kept, task.source.film(place))
+    drawn = [axis.texts[0].get_text() for axis in picture.figure.axes if axis.texts]
+    assert [text.replace("\n", " ") for text in drawn] == [line["reference"] for line in lines]
+    assert decode.gallery(workdir / "none") is None
 
 
 def test_transformers_writes_the_same_reports_from_the_exported_folder(done):

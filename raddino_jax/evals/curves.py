@@ -14,7 +14,8 @@ from raddino_jax.evals.picture import COLOURS, Picture, panels
 RIVALS = {"teacher": COLOURS[0], "init": COLOURS[1], "pixels": COLOURS[5]}  # the same colour in every picture
 # Of several metrics in results.json the first here is drawn; names as a person writes them.
 METRICS = {
-    "auprc": "average precision", "dice": "Dice", "accuracy": "accuracy", "rouge_l": "ROUGE-L", "auroc": "AUROC",
+    "auprc": "average precision", "dice": "Dice", "accuracy": "accuracy", "findings_f1": "F1 of findings",
+    "rouge_l": "ROUGE-L", "auroc": "AUROC",
 }  # fmt: skip
 
 

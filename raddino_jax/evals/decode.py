@@ -1,11 +1,12 @@
 """Reports of a split, written by a model that is done learning: batch after batch, to reports.jsonl.
 
 All prompts have the same length, so batches need no padding, and their order is that of the pairs. A file that was cut
-short, by whatever, is gone on with.
+short, by whatever, is gone on with. films/ keeps the first films, for `gallery`.
 """
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,11 +15,15 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from raddino_jax import hosts, logs, sharding
 from raddino_jax.evals import tune
+from raddino_jax.evals.picture import Picture, panels
 
 WHOLE, PART = "reports.jsonl", "reports.part.jsonl"
+FILMS, SHOWN, SIDE = "films", 8, 512  # folder of the films that a gallery shows, how many, pixels of their longer side
+COLUMNS, CELL, LETTERS = 4, 3.0, 44  # films side by side, inches of each, letters of a line under it
 
 
 def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> None:
@@ -42,6 +47,7 @@ def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = la
         rate = (start + len(here)) / (time.perf_counter() - began)
         logs.say(f"report {count}/{total}, {rate:.2f}/s, eta {logs.duration((total - count) / rate)}")
     if hosts.index() == 0:
+        _keep_films(task, workdir / FILMS)
         part.replace(workdir / WHOLE)
 
 
@@ -68,6 +74,38 @@ def answers(task, params: dict, batches: Iterator[Sequence[int]]) -> Iterator[li
 def read(workdir: Path) -> list[dict]:
     """The lines of a whole reports.jsonl."""
     return [json.loads(line) for line in (Path(workdir) / WHOLE).read_text().splitlines()]
+
+
+def gallery(workdir: Path) -> Picture | None:
+    """The first films, what was said of them and what is written; None where the workdir has no reports of films."""
+    paths = sorted((Path(workdir) / FILMS).glob("*.png"))
+    if not paths or not (Path(workdir) / WHOLE).exists():
+        return None
+    lines = read(workdir)[: len(paths)]
+    rows = -(-len(paths) // COLUMNS)
+    figure, axes = panels(rows, min(len(paths), COLUMNS), CELL, CELL * 1.5)
+    for axis in axes.ravel():
+        axis.axis("off")
+    for axis, path, line in zip(axes.flat, paths, lines, strict=False):
+        axis.imshow(Image.open(path), cmap="gray", vmin=0, vmax=255)
+        height = -0.03
+        for name, colour in (("reference", "#3f8f4f"), ("prediction", "#a8324a")):
+            text = textwrap.fill(line[name], LETTERS, max_lines=5, placeholder=" ...")
+            axis.text(0, height, text, transform=axis.transAxes, va="top", fontsize=8, color=colour)
+            height -= 0.05 * (1 + text.count("\n")) + 0.03
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.12, wspace=0.06, hspace=0.02)
+    numbers = [dict(film=line["id"], reference=line["reference"], prediction=line["prediction"]) for line in lines]
+    sentence = "Green: what was said of the film. Red: what the model writes."
+    return Picture("reports", "Reports of test films", sentence, figure, numbers)
+
+
+def _keep_films(task, folder: Path) -> None:
+    """The films that the first reports were written for, made small."""
+    folder.mkdir(exist_ok=True)
+    for number, place in enumerate(task.tested[:SHOWN]):
+        film = Image.fromarray(task.source.film(int(task.shown[place])))
+        film.thumbnail((SIDE, SIDE))
+        film.save(folder / f"{number}.png")
 
 
 def _line(task, place: int, text: str) -> dict:

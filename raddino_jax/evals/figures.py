@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from raddino_jax import encoders, logs
 from raddino_jax.data import images, pipeline
-from raddino_jax.evals import curves, heads, maps, overlays
+from raddino_jax.evals import curves, decode, heads, maps, overlays
 from raddino_jax.evals.picture import Picture
 
 # What configs/figures.py sets; a run that ends with its figures takes these.
@@ -44,9 +44,9 @@ def run(config, workdir: Path) -> None:
 def _pictures(wanted, settings: dict, workdir: Path) -> Iterator[Picture]:
     yield from curves.training(logs.read_metrics(workdir), settings)
     yield from curves.results(workdir)
-    drawn = overlays.gallery(workdir)
-    if drawn is not None:
-        yield drawn
+    for drawn in (overlays.gallery(workdir), decode.gallery(workdir)):
+        if drawn is not None:
+            yield drawn
     if wanted.runs:
         yield curves.over(wanted.runs, wanted.by, wanted.metric, wanted.classes, wanted.encoders)
     if wanted.encoder or settings.get("task") == "pretrain":

@@ -2,7 +2,7 @@
 
 A frozen encoder's patches, a projector and a Llama; the recipe of arXiv 2401.10815 and LLaVA v1.5. Written to the
 workdir: metrics.jsonl and checkpoints/ of the training, writer/ (the tuned model, see `writer_folder`), reports.jsonl
-({"id", "reference", "prediction"} and strata), results.json.
+({"id", "reference", "prediction"} and strata), films/ (the first of them), results.json.
 Letters: n films, S pixels per side, P patches of a film, C width of the encoder.
 """
 
