@@ -99,9 +99,7 @@ def _loss(objective, student, teacher, views, masks, key):
 
 
 _value = jax.jit(_loss, static_argnums=0)
-_gradient = jax.jit(
-    jax.value_and_grad(_loss, argnums=(1, 2), has_aux=True), static_argnums=0
-)
+_gradient = jax.jit(jax.value_and_grad(_loss, argnums=(1, 2), has_aux=True), static_argnums=0)
 
 
 def _run(how, objective: Objective, views=None, masks=None, seed: int = 0):

@@ -15,7 +15,7 @@ from raddino_jax import encoders, hosts, logs, prepare
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.conversion.rules import WeightsError
 from raddino_jax.data.pairs import PairError
-from raddino_jax.evals import decode, patches, report, tune, writer_folder
+from raddino_jax.evals import decode, figures, patches, report, tune, writer_folder
 from raddino_jax.evals.report import ReportError
 from raddino_jax.evals.tokenizer import TokenizerError
 from raddino_jax.models import llava
@@ -104,6 +104,18 @@ def test_the_first_films_are_kept_and_shown_with_what_is_written_for_them(done):
     drawn = [axis.texts[0].get_text() for axis in picture.figure.axes if axis.texts]
     assert [text.replace("\n", " ") for text in drawn] == [line["reference"] for line in lines]
     assert decode.gallery(workdir / "none") is None
+    (workdir / "config.json").write_text(given.to_json())
+    figures.run(given, workdir)
+    assert {p.stem for p in (workdir / "figures").glob("*.png")} == {"training", "results", "reports"}
+    assert "SYNTHETIC" in (workdir / "report.html").read_text()
+
+
+def test_whatever_a_model_writes_can_be_drawn(tmp_path):
+    (tmp_path / "films").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "films" / "0.png")
+    line = {"id": "a", "reference": "", "prediction": "$\\frac$ " + "word " * 200}
+    (tmp_path / decode.WHOLE).write_text(json.dumps(line) + "\n")
+    assert decode.gallery(tmp_path).png()[:4] == b"\x89PNG"
 
 
 def test_transformers_writes_the_same_reports_from_the_exported_folder(done):
@@ -326,6 +338,9 @@ def test_shuffled_images_are_of_other_patients_of_the_same_split(done, tmp_path)
     np.testing.assert_array_equal(exchanged["features"], own.features[np.searchsorted(own.used, task.shown[train])])
     assert np.abs(exchanged["features"] - true["features"]).max() > 0.01
     assert report.called(given) == "tiny (shuffled images)"
+    decode._keep_films(task, tmp_path / "films")
+    kept = np.asarray(Image.open(tmp_path / "films" / "0.png"))
+    np.testing.assert_array_equal(kept, task.source.film(task.shown[task.tested[0]]))  # what the model was shown
 
 
 def test_a_narrow_model_from_scratch_begins_with_sums_as_large_as_llamas(done):

@@ -13,6 +13,7 @@ import pytest
 from scipy.special import erf
 
 from raddino_jax import params as trees
+from raddino_jax import sharding
 from raddino_jax.models import attention, vit
 
 # --- sizes --------------------------------------------------------------------------------------
@@ -312,6 +313,22 @@ def test_the_tpu_kernel_on_a_padded_sequence_equals_plain_attention():
 
     found = both(lambda *x: attention._splash(*x, interpret=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, both(attention._xla))
+
+
+@pytest.mark.parametrize("crops, on_each", [(8, 1), (3, 3)])
+def test_the_tpu_kernel_runs_on_a_devices_crops_or_on_all_that_cannot_be_shared_out(monkeypatch, crops, on_each):
+    seen = []
+
+    def kernel(q, k, v):
+        seen.append(len(q))
+        return attention._xla(q, k, v)
+
+    monkeypatch.setattr(attention, "_splash", kernel)
+    q, k, v = _qkv(shape=(crops, attention.LONG, 1, 4))
+    with jax.set_mesh(sharding.make_mesh(jax.devices())):
+        found = jax.jit(attention._tpu)(q, k, v)
+    assert seen == [on_each]
+    np.testing.assert_allclose(found, attention._xla(q, k, v), atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["xla", "cpu"])  # "gpu" needs cuDNN in half precision

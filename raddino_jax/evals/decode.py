@@ -77,7 +77,7 @@ def read(workdir: Path) -> list[dict]:
 
 
 def gallery(workdir: Path) -> Picture | None:
-    """The first films, what was said of them and what is written; None where the workdir has no reports of films."""
+    """The first films, what was to be written of them and what is; None where the workdir has no reports of films."""
     paths = sorted((Path(workdir) / FILMS).glob("*.png"))
     if not paths or not (Path(workdir) / WHOLE).exists():
         return None
@@ -91,11 +91,14 @@ def gallery(workdir: Path) -> Picture | None:
         height = -0.03
         for name, colour in (("reference", "#3f8f4f"), ("prediction", "#a8324a")):
             text = textwrap.fill(line[name], LETTERS, max_lines=5, placeholder=" ...")
-            axis.text(0, height, text, transform=axis.transAxes, va="top", fontsize=8, color=colour)
+            axis.text(
+                0, height, text, transform=axis.transAxes, va="top", fontsize=8, color=colour,
+                parse_math=False,  # a model may write dollar signs
+            )  # fmt: skip
             height -= 0.05 * (1 + text.count("\n")) + 0.03
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.12, wspace=0.06, hspace=0.02)
     numbers = [dict(film=line["id"], reference=line["reference"], prediction=line["prediction"]) for line in lines]
-    sentence = "Green: what was said of the film. Red: what the model writes."
+    sentence = "Green: the report to be written (with shuffled images: of another film). Red: what the model writes."
     return Picture("reports", "Reports of test films", sentence, figure, numbers)
 
 
