@@ -40,7 +40,7 @@ class Dense(nn.Module):
             kernel, bias = kernel * gamma, bias * gamma
         run = linear
         if before is not None:
-            run = jax.checkpoint(lambda x, *parameters: linear(before(x).astype(self.dtype), *parameters))
+            run = forgetful(lambda x, *parameters: linear(before(x).astype(self.dtype), *parameters))
         else:
             x = x.astype(self.dtype)
         return checkpoint_name(run(x, kernel, bias), LINEAR)
@@ -61,6 +61,42 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (width,))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         return lambda x: layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+def forgetful(function: Callable) -> Callable:
+    """The same function of arrays, with nothing kept for its backward pass but its arguments: the rest is made again."""
+
+    def run(*arguments):
+        pure, closed_over = jax.closure_convert(function, *arguments)
+        return _forgetful(pure, *arguments, *closed_over)
+
+    return run
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forgetful(function, *arguments):
+    return function(*arguments)
+
+
+def _again(function, arguments, grad):
+    return jax.vjp(function, *(after(x, grad) for x in arguments))[1](grad)
+
+
+_forgetful.defvjp(lambda function, *arguments: (function(*arguments), arguments), _again)
+
+
+def after(x: Array, grad: Array) -> Array:
+    """x, for a compiler another array that is not there before the gradient is.
+
+    What is made of it in the backward pass cannot be found to be the same as in the forward pass, and kept. A barrier
+    says so to most compilers; XLA's for CPUs takes barriers away before it looks for what is computed twice. There x
+    hangs on a number of the gradient: where that is not finite x is 0, and the gradient spoiled anyhow.
+    """
+    return jax.lax.platform_dependent(
+        x, grad,
+        cpu=lambda x, grad: jnp.where(jnp.isfinite(grad.reshape(-1)[0]), x, 0),
+        default=lambda x, grad: jax.lax.optimization_barrier((x, grad))[0],
+    )  # fmt: skip
 
 
 @jax.custom_vjp
@@ -158,8 +194,7 @@ def erf(x: Array) -> Array:
 
 
 def _gelu_backward(x, grad):
-    # Without the barrier XLA finds Phi in both passes and keeps it too: twice the memory, and slower than computing it.
-    wide = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    wide = after(x, grad).astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
     return ((grad * (_phi(wide) + wide * density)).astype(x.dtype),)
 
