@@ -1,8 +1,9 @@
 """Analytic FLOPs of a config, what MFU is measured against, and an estimate of its memory.
 
 Conventions: one multiply-add is 2 FLOPs; only matrix products and attention count; a backward pass is twice its
-forward, once for the patch embedding, whose input needs no gradient; recomputation earns nothing. The compiler's own
-count is no use here: it counts the body of a loop once.
+forward, once for the patch embedding, whose input needs no gradient; recomputation earns nothing. The count is that of
+the recipe, as the reference computes it: the last block's feed-forward on patches that no loss asks for is in it although
+it is left out here (4 % of a ViT-B step). The compiler's own count is no use: it counts the body of a loop once.
 """
 
 from dataclasses import dataclass

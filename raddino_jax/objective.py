@@ -148,14 +148,19 @@ class Objective:
 
     def look(self, teacher: dict, given: dict) -> dict:
         """The teacher on unmasked global crops: unit vectors of class tokens and masked patches, some features."""
-        images, out = self._global(teacher, given["views"]["global"])
-        cls = self.dino_head.apply({"params": teacher["dino_head"]}, out["cls"])
-        stride = max(out["patches"].shape[1] // 4, 1)
-        features = {"cls": out["cls"][::2], "patches": out["patches"][::2, ::stride]}  # for `diagnose`
-        seen = {"dino": cls.reshape(images, 2, -1), "features": features}
+        crops, index = given["views"]["global"], given["index"]
+        images, patches = len(crops), given["masks"].shape[-1]
+        few = jnp.arange(0, patches, max(patches // 4, 1))  # of each film's first crop, for `diagnose`
+        few = (2 * patches * jnp.arange(self.group_size)[:, None] + few).reshape(-1)
+        few = jnp.broadcast_to(few, (len(index), few.size))
+        cls, found = self._run(teacher, crops, jnp.concatenate([index, few] if self.mim else [few], axis=1))
+        masked, few = jnp.split(found, [found.shape[1] - few.shape[1]], axis=1)
+        features = {"cls": cls[::2], "patches": few.reshape(images, -1, few.shape[-1])}
+        rows = self.dino_head.apply({"params": teacher["dino_head"]}, cls)
+        seen = {"dino": rows.reshape(images, 2, -1), "features": features}
         if self.mim:
             head, head_params = self.patch_head(teacher)
-            seen["ibot"] = head.apply({"params": head_params}, self._gather(out["patches"], given["index"]))
+            seen["ibot"] = head.apply({"params": head_params}, masked)
         return seen
 
     def centre(self, seen, weight, teacher, centres, temperature) -> tuple[dict, dict]:
@@ -217,17 +222,13 @@ class Objective:
         views, index, groups = given["views"], given["index"], given["groups"]
         global_key, local_key = jax.random.split(key)
         subsets = draw_subsets(global_key, groups, 2 * self.group_size, self.drop_rates)
-        images, out = self._global(student, views["global"], given["masks"], subsets)
-        crops = {
-            "features": out["cls"].reshape(images, 2, -1),
-            "patches": self._gather(out["patches"], index),
-        }
+        cls, patches = self._run(student, views["global"], index, given["masks"], subsets)
+        crops = {"features": cls.reshape(len(views["global"]), 2, -1), "patches": patches}
         local = views["local"]
         if local.shape[1]:
             subsets = draw_subsets(local_key, groups, local.shape[1] * self.group_size, self.drop_rates)
-            flat = local.reshape(-1, *local.shape[2:])
-            out = self.backbone.apply({"params": student["backbone"]}, flat, None, subsets)
-            crops["local"] = out["cls"].reshape(images, local.shape[1], -1)
+            cls, _ = self._run(student, local, index[:, :0], subsets=subsets)
+            crops["local"] = cls.reshape(*local.shape[:2], -1)
         return crops
 
     def compare(self, student, taught, crops) -> tuple[Array, dict[str, Array]]:
@@ -288,16 +289,12 @@ class Objective:
         groups = jnp.moveaxis(groups, 2, 1).reshape(-1, self.koleo_group, features.shape[-1])
         return 2 * self.koleo_weight * losses.koleo(groups)  # one term per global crop
 
-    def _global(self, params, crops, masks=None, subsets=None):
-        images = len(crops)
-        masks = None if masks is None else masks.reshape(images * 2, -1)
-        flat = crops.reshape(images * 2, *crops.shape[2:])
-        return images, self.backbone.apply({"params": params["backbone"]}, flat, masks, subsets)
-
-    def _gather(self, patches, index):
-        """Patch tokens [2 B, N, D] -> masked tokens of each group [G, U, D]."""
-        grouped = patches.reshape(len(index), -1, patches.shape[-1])
-        return jnp.take_along_axis(grouped, index[..., None], axis=1)
+    def _run(self, params, crops, patches, masks=None, subsets=None):
+        """(class tokens [B c, D], patches [G, m, D]) of crops [B, c, H, W, C]; patches: int [G, m] into a group's."""
+        flat = crops.reshape(-1, *crops.shape[2:])
+        masks = None if masks is None else masks.reshape(len(flat), -1)
+        out = self.backbone.apply({"params": params["backbone"]}, flat, masks, subsets, patches)
+        return out["cls"], out["patches"]
 
     def _shard(self, x):
         """[rows, ...] -> [R, rows / R, ...]: the chunks of one shard stay on its device."""

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -43,20 +44,22 @@ GIB = 2**30
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "s64": 8, "u64": 8}
 
+POLICIES = ("full", "dots", "none")  # of remat, what needs least first
+
 # Which knob helps most when a step does not fit, first what costs least.
 KNOBS = {
     "pretrain": [
-        (lambda c, remat: remat == "none", "model.remat=dots"),
-        (lambda c, remat: remat == "dots", "model.remat=full"),
-        (lambda c, remat: c.loss.logits_budget > 2**24, "loss.logits_budget=0"),
-        (lambda c, remat: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
-        (lambda c, remat: True, "fewer images per chip, that is more chips"),
+        (lambda c, remat, chips: remat == "none", "model.remat=dots"),
+        (lambda c, remat, chips: remat == "dots", "model.remat=full"),
+        (lambda c, remat, chips: c.batch_size > c.accumulate * chips * c.group_size, "more accumulate or more chips"),
+        (lambda c, remat, chips: c.mesh.fsdp == 1, "mesh.fsdp over more chips"),
+        (lambda c, remat, chips: True, "more chips"),
     ],
     "report": [
-        (lambda c, remat: c.mesh.fsdp > 0, "mesh.fsdp=0, all chips"),
-        (lambda c, remat: remat == "none", "remat=True"),
-        (lambda c, remat: not c.lora, "more accumulate or more chips; else lora=64, which is another recipe"),
-        (lambda c, remat: True, "more accumulate or more chips"),
+        (lambda c, remat, chips: c.mesh.fsdp > 0, "mesh.fsdp=0, all chips"),
+        (lambda c, remat, chips: remat == "none", "remat=True"),
+        (lambda c, remat, chips: not c.lora, "more accumulate or more chips; else lora=64, which is another recipe"),
+        (lambda c, remat, chips: True, "more accumulate or more chips"),
     ],
 }
 
@@ -68,8 +71,8 @@ def devices_of(topology: str) -> list[jax.Device]:
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
-def lower(config, devices) -> tuple[jax.stages.Lowered, train.Step]:
-    """The training step of a config lowered for devices, from shapes alone."""
+def lower(config, devices) -> tuple[jax.stages.Lowered, train.Step, int]:
+    """(the training step of a config lowered for devices, its constants, bytes of arguments per chip); from shapes."""
     train.check(config, len(devices))
     mesh = sharding.make_mesh(devices, config.mesh.fsdp)
     constants = train.step_of(config, config.steps, 10**6, mesh)
@@ -82,11 +85,14 @@ def lower(config, devices) -> tuple[jax.stages.Lowered, train.Step]:
         "masks": jax.ShapeDtypeStruct((config.batch_size, 2, -(-patches // 8)), np.uint8, sharding=places),
     }
     with jax.set_mesh(mesh):
-        return train.jit_step(constants, state, mesh).lower(state, batch), constants
+        return train.jit_step(constants, state, mesh).lower(state, batch), constants, _bytes_per_chip((state, batch))
 
 
-def lower_report(config, devices) -> tuple[jax.stages.Lowered, tune.Tune]:
-    """The step that tunes the writer of reports, on texts of `config.length` tokens. Raises encoders.WeightsError."""
+def lower_report(config, devices) -> tuple[jax.stages.Lowered, tune.Tune, int]:
+    """The same of the step that tunes the writer of reports, on texts of `config.length` tokens.
+
+    Raises encoders.WeightsError.
+    """
     if config.batch_size % (config.accumulate * len(devices)):
         raise train.ConfigError(
             f"batch_size={config.batch_size} must be a multiple of accumulate={config.accumulate} times the "
@@ -102,7 +108,8 @@ def lower_report(config, devices) -> tuple[jax.stages.Lowered, tune.Tune]:
     batch["mask"] = jax.ShapeDtypeStruct((n, config.length), bool, sharding=places)
     batch["images"] = jax.ShapeDtypeStruct((n, size, size), np.uint8, sharding=places)
     with jax.set_mesh(mesh):
-        return tune.jit_step(constants, state, frozen, mesh).lower(state, frozen, batch), constants
+        lowered = tune.jit_step(constants, state, frozen, mesh).lower(state, frozen, batch)
+    return lowered, constants, _bytes_per_chip((state, frozen, batch))
 
 
 def _tuning(config, platform: str) -> tune.Tune:
@@ -130,18 +137,25 @@ def _placed(leaf, place):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def plan(config, topology: str) -> tuple[dict, str]:
-    """(the row of a config on a topology, the compiled program's text). Raises ConfigError for tasks without a plan."""
+def _bytes_per_chip(tree) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def plan(config, topology: str) -> tuple[dict, str | None]:
+    """(the row of a config on a topology, the compiled program's text, None where the compiler refused it for memory).
+
+    Raises ConfigError for tasks without a plan.
+    """
     if config.task not in FIELDS:
         raise train.ConfigError(f"task={config.task!r} has no plan; {' and '.join(FIELDS)} have")
     devices = devices_of(topology)
     began = time.perf_counter()
-    lowered, constants = (lower_report if config.task == "report" else lower)(config, devices)
+    lowered, constants, arguments = (lower_report if config.task == "report" else lower)(config, devices)
     try:
         compiled = lowered.compile()
         text, memory = compiled.as_text(), compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
-        text, memory = "", Refused.of(error)
+        text, memory = None, Refused.of(error, arguments)
     seconds = time.perf_counter() - began
     fields = FIELDS[config.task](config, len(devices), constants)
     return _row(config, topology, devices, fields, memory, text, seconds), text
@@ -149,20 +163,20 @@ def plan(config, topology: str) -> tuple[dict, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """What is left of a memory analysis when the compiler gave up: the temporaries it asked for, in bytes."""
+    """What is left of a memory analysis when the compiler gave up, in bytes; what comes out lies where it went in."""
 
     temp_size_in_bytes: float
-    argument_size_in_bytes: float = 0.0
+    argument_size_in_bytes: float
     output_size_in_bytes: float = 0.0
     alias_size_in_bytes: float = 0.0
 
     @classmethod
-    def of(cls, error: Exception) -> "Refused":
-        """From the compiler's message; any other error is raised again."""
+    def of(cls, error: Exception, arguments: float) -> "Refused":
+        """From the compiler's message, which tells the temporaries it asked for; any other error is raised again."""
         asked = re.search(r"temporaries \(([\d.]+)([MG])\)", str(error))
         if "Ran out of memory" not in str(error) or asked is None:
             raise error
-        return cls(float(asked[1]) * (GIB if asked[2] == "G" else 2**20))
+        return cls(float(asked[1]) * (GIB if asked[2] == "G" else 2**20), arguments)
 
 
 def _of_pretraining(config, chips: int, constants: train.Step) -> dict:
@@ -211,8 +225,8 @@ def _row(config, topology, devices, fields, memory, text, seconds) -> dict:
         ideal_step_seconds=ideal, half_peak_step_seconds=ideal and 2 * ideal,
         peak_hbm_gib=peak, chip_hbm_gib=chip and chip.memory,
         argument_gib=memory.argument_size_in_bytes / GIB, temporary_gib=memory.temp_size_in_bytes / GIB,
-        output_gib=memory.output_size_in_bytes / GIB, collectives=collectives(text), compile_seconds=seconds,
-        fits=fits, verdict=_verdict(config, fields["remat"], peak, chip),
+        output_gib=memory.output_size_in_bytes / GIB, collectives=text and collectives(text), compile_seconds=seconds,
+        fits=fits, verdict=_verdict(config, fields["remat"], len(devices), peak, chip),
     )  # fmt: skip
 
 
@@ -222,12 +236,12 @@ def _reserved(memory) -> float:
     return total - memory.alias_size_in_bytes
 
 
-def _verdict(config, remat: str, peak: float, chip) -> str:
+def _verdict(config, remat: str, chips: int, peak: float, chip) -> str:
     if chip is None:
         return f"needs {peak:.1f} GiB; what this device has is not known"
     if peak <= chip.memory:
         return f"fits: {peak:.1f} of {chip.memory} GiB per chip"
-    knob = next(text for applies, text in KNOBS[config.task] if applies(config, remat))
+    knob = next(text for applies, text in KNOBS[config.task] if applies(config, remat, chips))
     return f"does not fit by {peak - chip.memory:.1f} GiB per chip; first try {knob}"
 
 
@@ -256,17 +270,28 @@ def _size(shape: tuple[str, str]) -> int:
 
 
 def sweep(config, devices: int) -> Iterator:
-    """Copies of a config over images per chip (as they are, half, twice), remat policies and logit budgets.
+    """Copies of a config over images per chip (half, as they are, twice), remat policies and logit budgets.
 
-    The batch changes with the images per chip; sizes that its groups forbid are left out.
+    What needs least comes first. The batch changes with the images per chip; sizes that its groups forbid are left out.
     """
-    batches = [config.batch_size, config.batch_size // 2, config.batch_size * 2]
-    for batch, remat, budget in itertools.product(batches, ("full", "dots", "none"), (2**24, 2**26, 2**28)):
+    batches = [config.batch_size // 2, config.batch_size, config.batch_size * 2]
+    for batch, remat, budget in itertools.product(batches, POLICIES, (2**24, 2**26, 2**28)):
         changed = config.copy_and_resolve_references()
         changed.batch_size, changed.model.remat, changed.loss.logits_budget = batch, remat, budget
         with contextlib.suppress(train.ConfigError):
             train.check(changed, devices)
             yield changed
+
+
+def hopeless(config, devices: int, rows: list[dict]) -> bool:
+    """Whether a row of a sweep that does not fit has no more images per chip, kept arrays and logits than this config."""
+    mine = (config.batch_size / devices, POLICIES.index(config.model.remat), config.loss.logits_budget)
+    return any(
+        row["fits"] is False
+        and row["images_per_chip"] <= mine[0] and POLICIES.index(row["remat"]) <= mine[1]
+        and row["logits_budget"] <= mine[2]
+        for row in rows
+    )  # fmt: skip
 
 
 def frontier(rows: list[dict]) -> list[dict]:
@@ -295,7 +320,9 @@ def show(row: dict, write: Callable[[str], None] = print) -> None:
         shown = f"{value:,.3f}" if isinstance(value, float) and value < 1e6 else f"{value}"
         if name == "flops_per_step":
             shown = f"{value / 1e12:,.1f} TFLOP"
-        if name == "collectives":
+        if value is None:
+            shown = "not known"
+        elif name == "collectives":
             shown = ", ".join(f"{v['count']} {k} ({v['bytes'] / 2**20:,.1f} MiB)" for k, v in value.items()) or "none"
         write(f"{name:24s} {shown}")
 
@@ -304,15 +331,22 @@ def run(config, topology: str, swept: bool) -> None:
     """Plan one config, or its sweep; the table and, last, the JSON object go to stdout."""
     if swept and config.task != "pretrain":
         raise train.ConfigError("--sweep varies pre-training alone")
-    configs = list(sweep(config, len(devices_of(topology)))) if swept else [config]
-    rows = []
-    for number, config in enumerate(configs, start=1):
-        logs.say(f"compiling {number} of {len(configs)} for {topology or 'the devices at hand'} ...")
+    devices, where = len(devices_of(topology)), topology or "the devices at hand"
+    configs = list(sweep(config, devices)) if swept else [config]
+    rows, began = [], time.perf_counter()
+    for done, config in enumerate(configs):
+        if hopeless(config, devices, rows):
+            continue
+        spent = time.perf_counter() - began
+        left = f"; about {logs.duration(spent / done * (len(configs) - done))} left, at most" if done else ""
+        logs.say(f"compiling {done + 1} of {len(configs)} for {where}{left} ...")
         rows.append(plan(config, topology)[0])
         show(rows[-1])
-        print()
+        print(flush=True)
     if swept:
         show_frontier(rows)
+        if len(rows) < len(configs):
+            print(f"{len(configs) - len(rows)} left out: each needs more than a row that does not fit")
     print(json.dumps({"sweep": rows} if swept else rows[0]))
 
 

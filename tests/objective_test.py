@@ -40,7 +40,7 @@ class Patchwork:
         kernel, token = jnp.zeros((4, self.width)), jnp.zeros((1, self.width))
         return {"params": {"kernel": kernel, "mask_token": token}}
 
-    def apply(self, variables, images, masks=None, subsets=None, xp=jnp):
+    def apply(self, variables, images, masks=None, subsets=None, wanted=None, xp=jnp):
         p, (n, side) = variables["params"], images.shape[:2]
         self.seen.append((images.shape, masks is not None, subsets))
         patches = images.reshape(n, side // 2, 2, side // 2, 2).swapaxes(2, 3).reshape(n, -1, 4)
@@ -53,7 +53,11 @@ class Patchwork:
             x = x * (1 + part)
         mean = x.mean(1)
         place = xp.linspace(0.5, 1.5, x.shape[1])[:, None]
-        return {"cls": mean, "patches": x * place + mean[:, None]}
+        out = {"cls": mean, "patches": x * place + mean[:, None]}
+        if wanted is not None:
+            patches = out["patches"].reshape(len(wanted), -1, self.width)
+            out["patches"] = xp.take_along_axis(patches, wanted[..., None], axis=1)
+        return out
 
 
 def _objective(separate: bool = False, dtype=jnp.float32, **fields) -> Objective:

@@ -100,18 +100,19 @@ def test_collectives_are_counted_with_their_bytes():
 def test_the_verdict_names_by_how_much_and_the_first_knob():
     config = common.apply(quickstart.get_config(), TINY, {})
     chip = plan.flops.CHIPS["TPU v5e"]
-    assert plan._verdict(config, "none", 9.0, chip) == "fits: 9.0 of 16 GiB per chip"
-    assert plan._verdict(config, "none", 20.0, chip) == (
+    assert plan._verdict(config, "none", 8, 9.0, chip) == "fits: 9.0 of 16 GiB per chip"
+    assert plan._verdict(config, "none", 8, 20.0, chip) == (
         "does not fit by 4.0 GiB per chip; first try model.remat=dots"
     )
-    assert "more chips" in plan._verdict(config, "full", 20.0, chip)
-    config.loss.logits_budget = 2**28
-    assert "logits_budget" in plan._verdict(config, "full", 20.0, chip)
+    assert "mesh.fsdp" in plan._verdict(config, "full", 8, 20.0, chip)  # one group on each already
+    assert "more accumulate" in plan._verdict(config, "full", 2, 20.0, chip)
+    config.mesh.fsdp = 8
+    assert "more chips" in plan._verdict(config, "full", 8, 20.0, chip)
     config = reports.get_config()
-    assert "remat=True" in plan._verdict(config, "none", 20.0, chip)
-    assert "lora=64" in plan._verdict(config, "full", 20.0, chip)
+    assert "remat=True" in plan._verdict(config, "none", 8, 20.0, chip)
+    assert "lora=64" in plan._verdict(config, "full", 8, 20.0, chip)
     config.lora = 64
-    assert plan._verdict(config, "full", 20.0, chip).endswith("first try more accumulate or more chips")
+    assert plan._verdict(config, "full", 8, 20.0, chip).endswith("first try more accumulate or more chips")
 
 
 def test_a_sweep_leaves_out_what_cannot_run_and_its_frontier_what_needs_more():
@@ -125,6 +126,10 @@ def test_a_sweep_leaves_out_what_cannot_run_and_its_frontier_what_needs_more():
             (2, "full", 1, 5.0), (2, "full", 2, 4.0), (2, "none", 1, 9.0), (4, "full", 1, 7.0),
         ]
     ]
+    for row in rows:
+        row["fits"] = row["peak_hbm_gib"] < 6
+    beyond = [plan.hopeless(c, 8, rows) for c in found]
+    assert beyond == [c.model.remat == "none" or c.batch_size == 32 for c in found]
     assert [row["peak_hbm_gib"] for row in plan.frontier(rows)] == [4.0, 7.0, 9.0]
     lines = []
     plan.show_frontier(rows, lines.append)
@@ -157,6 +162,6 @@ def test_the_compiled_step_of_the_papers_run_holds_no_logits_and_updates_in_one_
 
 def test_what_the_compiler_refuses_becomes_a_verdict_and_other_errors_stay_errors():
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.50G) is"
-    assert plan._reserved(plan.Refused.of(RuntimeError(message))) == 17.5 * plan.GIB
+    assert plan._reserved(plan.Refused.of(RuntimeError(message), 2 * plan.GIB)) == 19.5 * plan.GIB
     with pytest.raises(RuntimeError, match="something else"):
-        plan.Refused.of(RuntimeError("something else"))
+        plan.Refused.of(RuntimeError("something else"), 0)

@@ -471,6 +471,46 @@ def test_a_model_with_subsets_runs_each_branch_on_its_crops_alone():
     assert not np.array_equal(found["blocks_0/attn"][0], found["embedded"][0])
 
 
+# --- wanted patches -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "swiglu and registers", "no layerscale"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_wanted_patches_are_those_of_the_whole_and_so_are_gradients(kind, dropped):
+    """Float32; two groups of three crops, one patch twice, some of crops that drop path leaves out as well."""
+    model = vit.ViT(**TINY | KINDS[kind])
+    params, images, masks = _params(model), _images(6), _masks(6)
+    wanted = np.array([[0, 5, 16, 47, 5], [31, 32, 33, 2, 0]])  # of 3 x 16
+    subsets = [(None, None), (np.array([[2, 0], [1, 2]]), np.array([[1, 0], [0, 2]]))] if dropped else None
+    rng = np.random.default_rng(8)
+    uneven = {"cls": rng.normal(size=(6, model.width)), "patches": rng.normal(size=(2, 5, model.width))}
+
+    def total(params, asked):
+        out = model.apply({"params": params}, images, masks, subsets, wanted if asked else None)
+        if not asked:
+            patches = out["patches"].reshape(2, 48, -1)
+            out["patches"] = jnp.take_along_axis(patches, wanted[..., None], axis=1)
+        found = {name: out[name] for name in uneven}
+        return sum((np.float32(uneven[name]) * found[name]).sum() for name in uneven), found
+
+    both = [jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)(params, asked) for asked in (True, False)]
+    ((_, found), grads), ((_, expected), known) = both
+    for name in uneven:
+        np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)  # about 1
+    for name, value in trees.flatten(known).items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(trees.flatten(grads)[name], value, atol=1e-5 * scale + 1e-7, err_msg=name)
+
+
+def test_the_last_feed_forward_runs_on_class_tokens_and_wanted_patches_alone():
+    model = vit.ViT(**TINY)
+    params, images = _params(model), _images()
+    run = jax.jit(lambda params, wanted: model.apply({"params": params}, images, None, None, wanted))
+    work = [run.lower(params, asked).cost_analysis()["flops"] for asked in (None, np.array([[40]]))]
+    products = (3 * 17 - 4) * 2 * 8 * model.width**2  # of the tokens that are not
+    assert work[0] - work[1] > products
+
+
 # --- half precision -----------------------------------------------------------------------------
 
 

@@ -66,32 +66,49 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, masks: Array | None = None, subsets: Sequence | None = None
+        self, images: Array, masks: Array | None = None, subsets: Sequence | None = None, wanted: Array | None = None
     ) -> dict[str, Array]:
         """Forward pass.
 
         masks: bool [n, N], True where the patch is replaced by the mask token.
         subsets: per block a pair (attention, feed-forward) of int [groups, m], the crops of each
           group that take part in the branch (`draw_subsets`); None runs every crop.
+        wanted: int [groups, m], patches of each group, counted through the N of each of its crops; None: all.
+          The last feed-forward runs on class tokens and on these alone.
         Returns a dict: "cls" [n, D], "registers" [n, R, D], "patches" [n, N, D], all after the final norm;
           "prenorm" [n, T, D] before it; "embedded" [n, T, D] the input of the first block;
           "blocks_i" [n, T, D] the output of block i, "blocks_i/attn" the stream after its attention.
+          With `wanted`: "cls" [n, D], "patches" [groups, m, D], no "registers"; the last "blocks_i" and "prenorm"
+          hold, in each group, its class tokens and then these patches.
         Raises ValueError when the patch size does not divide the image.
         """
         grid = self._grid(images)
         x = self._embed(images, masks, grid)
         out = {"embedded": x}
+        tokens = None if wanted is None else self._tokens(wanted, len(x), grid)
         policy = REMAT[self.remat]
         block = Block if policy is None else nn.remat(Block, policy=policy)
         for i in range(self.depth):
             branches = (None, None) if subsets is None else subsets[i]
+            last = i == self.depth - 1
             out[f"blocks_{i}/attn"], x = block(
                 self.width, self.heads, self.ffn, self.layerscale, self.attention, self.dtype,
                 name=f"blocks_{i}",
-            )(x, *branches)
+            )(x, *branches, tokens if last else None)
             out[f"blocks_{i}"] = x
         normed = LayerNorm(self.dtype, name="norm")(x)
-        return out | {"prenorm": x} | split(normed, self.registers)
+        out["prenorm"] = x
+        if wanted is None:
+            return out | split(normed, self.registers)
+        crops = normed.shape[1] - wanted.shape[1]
+        return out | {"cls": normed[:, :crops].reshape(-1, self.width), "patches": normed[:, crops:]}
+
+    def _tokens(self, patches: Array, crops: int, grid: tuple[int, int]) -> Array:
+        """Patches [groups, m] of n crops -> [groups, n / groups + m]: its class tokens and these, counted through all T
+        of each of its crops."""
+        groups, of_crop, first = len(patches), grid[0] * grid[1], 1 + self.registers
+        cls = jnp.broadcast_to(jnp.arange(crops // groups) * (first + of_crop), (groups, crops // groups))
+        return jnp.concatenate([cls, patches // of_crop * (first + of_crop) + first + patches % of_crop], axis=1)
 
     def _grid(self, images: Array) -> tuple[int, int]:
         p = self.patch_size
@@ -139,7 +156,10 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [n, T, D] -> (after attention, after feed-forward), both [n, T, D]."""
+    """Pre-norm transformer block: [n, T, D] -> (after attention, after feed-forward), both [n, T, D].
+
+    wanted: int [groups, m], tokens of each group of crops, each crop's T after the other's: the second is [groups, m, D].
+    """
 
     width: int
     heads: int
@@ -149,14 +169,16 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, attn_subset: Array | None = None, ffn_subset: Array | None = None):
+    def __call__(
+        self, x: Array, attn_subset: Array | None = None, ffn_subset: Array | None = None, wanted: Array | None = None
+    ):
         width = x.shape[-1]
         norm1, norm2 = (LayerNorm(self.dtype, name=f"norm{i}").rule(width) for i in (1, 2))
         gamma1, gamma2 = (LayerScale(self.layerscale, name=f"ls{i}")(width) for i in (1, 2))
         attn = Attention(self.heads, self.attention, self.dtype, name="attn")
         ffn = FFN[self.ffn](self.dtype, name="mlp")
         x = residual(x, lambda t: attn(t, norm1, gamma1), attn_subset)
-        return x, residual(x, lambda t: ffn(t, norm2, gamma2), ffn_subset)
+        return x, residual(x, lambda t: ffn(t, norm2, gamma2), ffn_subset, wanted)
 
 
 class Attention(nn.Module):
@@ -259,12 +281,15 @@ def attention_maps(model: ViT, params: dict, images: Array) -> Array:
     return weights(q, k)
 
 
-def residual(x: Array, branch, subset: Array | None) -> Array:
+def residual(x: Array, branch, subset: Array | None, wanted: Array | None = None) -> Array:
     """x + branch(x), or the branch on a subset of crops only, scaled up to keep its expectation.
 
     subset: int [groups, m]; x [n, T, D] holds groups of n / groups consecutive crops, and crop
     subset[g, j] of group g takes part. Only those crops are computed: at rate 0.3 that saves 30 %.
+    wanted: int [groups, w]; the result is that of these tokens alone, [groups, w, D], and `branch` may not mix tokens.
     """
+    if wanted is not None:
+        return _residual_of(x, branch, subset, wanted)
     if subset is None:
         return x + branch(x)
     groups, m = subset.shape
@@ -274,6 +299,17 @@ def residual(x: Array, branch, subset: Array | None) -> Array:
     delta = delta * (grouped.shape[1] / m)
     add = jax.vmap(lambda rows, index, change: rows.at[index].add(change, unique_indices=True))
     return add(grouped, subset, delta).reshape(x.shape)
+
+
+def _residual_of(x, branch, subset, wanted):
+    """The tokens of dropped crops are few here: they are computed and weigh nothing."""
+    groups, tokens, width = len(wanted), x.shape[1], x.shape[2]
+    picked = jnp.take_along_axis(x.reshape(groups, -1, width), wanted[..., None], axis=1)
+    delta = branch(picked)
+    if subset is not None:
+        takes_part = (wanted[:, :, None] // tokens == subset[:, None]).any(-1, keepdims=True)
+        delta = delta * jnp.where(takes_part, len(x) / subset.size, 0.0).astype(delta.dtype)
+    return picked + delta
 
 
 def draw_subsets(key: Array, groups: Array, crops: int, rates: Sequence[float]) -> list | None:
