@@ -37,8 +37,9 @@ interrupt() {
 trap 'interrupt "time is nearly up or the job is preempted"' USR1
 trap 'interrupt "preempted"' TERM
 
+# No limit to the wait: process 0 goes on alone with what comes after the training, and what fails ends all anyhow.
 # shellcheck disable=SC2086  # SRUN_ARGS are several words
-srun --kill-on-bad-exit=1 --wait=120 ${SRUN_ARGS:-} "$python" -m raddino_jax.main "$@" &
+srun --kill-on-bad-exit=1 --wait=0 ${SRUN_ARGS:-} "$python" -m raddino_jax.main "$@" &
 srun=$!
 while wait "$srun"; code=$?; [ "$code" -gt 128 ] && kill -0 "$srun" 2>/dev/null; do :; done
 

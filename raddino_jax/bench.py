@@ -336,7 +336,10 @@ def fair(config):
 
 
 def against_torch(config, what: str, images: int, count: int, warm_up: int) -> tuple[dict, dict[str, Timing]]:
-    """(row, timings) of our work and the same in PyTorch."""
+    """(row, timings) of our work and the same in PyTorch. Raises BenchError where ours would run on an accelerator."""
+    platform = jax.devices()[0].platform
+    if platform != "cpu":
+        raise BenchError(f"--against=torch compares on the CPU, and jax computes on {platform}: set JAX_PLATFORMS=cpu")
     config = fair(config)
     mesh = sharding.make_mesh(jax.devices()[:1], 1)
     with jax.set_mesh(mesh):

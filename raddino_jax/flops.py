@@ -6,7 +6,7 @@ the recipe, as the reference computes it: the last block's feed-forward on patch
 it is left out here (4 % of a ViT-B step). The compiler's own count is no use: it counts the body of a loop once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -21,9 +21,16 @@ class Chip:
 
 
 CHIPS = {  # by the start of jax's device_kind
+    "NVIDIA A100-SXM4-40GB": Chip(312.0, 40, 1.56),
+    "NVIDIA A100-PCIE-40GB": Chip(312.0, 40, 1.56),
     "NVIDIA A100": Chip(312.0, 80, 2.04),
+    "NVIDIA H100 PCIe": Chip(756.0, 80, 2.0),
+    "NVIDIA H100 NVL": Chip(835.0, 94, 3.9),
     "NVIDIA H100": Chip(989.4, 80, 3.35),
+    "NVIDIA H200 NVL": Chip(835.0, 141, 4.8),
     "NVIDIA H200": Chip(989.4, 141, 4.8),
+    "NVIDIA L40S": Chip(362.0, 48, 0.86),
+    "NVIDIA L4": Chip(121.0, 24, 0.3),
     "TPU v4": Chip(275.0, 32, 1.2),
     "TPU v5 lite": Chip(197.0, 16, 0.82),
     "TPU v5e": Chip(197.0, 16, 0.82),
@@ -35,8 +42,22 @@ CHIPS = {  # by the start of jax's device_kind
 
 
 def chip(device: jax.Device) -> Chip | None:
-    """The data sheet of a device, None where it is unknown (a CPU)."""
-    return next((row for kind, row in CHIPS.items() if device.device_kind.startswith(kind)), None)
+    """The data sheet of a device, None where it is unknown (a CPU).
+
+    Of a device at hand `memory` is what jax may use of it: on a GPU three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION
+    says otherwise.
+    """
+    row = next((row for kind, row in CHIPS.items() if device.device_kind.startswith(kind)), None)
+    limit = _limit(device)
+    return row if row is None or limit is None else replace(row, memory=limit / 2**30)
+
+
+def _limit(device) -> int | None:
+    """Bytes that the allocator of a device gives out at most; None where nobody knows."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):  # a device that is only described
+        return None
 
 
 @dataclass(frozen=True)

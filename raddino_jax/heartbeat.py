@@ -19,6 +19,8 @@ from raddino_jax import hosts, logs
 PERIOD = 2.0  # seconds between two beats
 TELL_EVERY = 60.0  # seconds between two lines per host
 ORDER = ("starting", "step", "data", "devices", "evaluation", "saving")  # what the loop does about one step
+FINISHED = "finished"
+LATER = "writing"  # reports: counted anew, after all steps
 
 
 @dataclass
@@ -34,9 +36,10 @@ class Peer:
         return f"host {self.beat['process']} ({self.beat['name']}, process id {self.beat['pid']})"
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> tuple[bool, int, int]:
         """How far it is."""
-        return self.beat["step"], ORDER.index(self.beat["doing"])
+        doing = self.beat["doing"]
+        return doing == LATER, self.beat["step"], len(ORDER) if doing == LATER else ORDER.index(doing)
 
 
 class Pulse:
@@ -50,6 +53,8 @@ class Pulse:
         self.began: float | None = None
 
     def __call__(self, step: int, doing: str) -> None:
+        if doing not in (*ORDER, LATER, FINISHED):
+            raise ValueError(f"{doing!r} is no word that the other processes know")
         now = time.monotonic()
         self.spent[self.doing] += now - self.changed
         self.step, self.doing, self.changed = step, doing, now
@@ -96,7 +101,7 @@ def verdict(peers: list[Peer], now: float, silence: float, hang: float) -> str:
     silence: seconds without a beat after which a peer is taken for dead or frozen. hang: seconds that a peer may stay
     behind the furthest one.
     """
-    going = [p for p in peers if p.beat["doing"] != "finished"]
+    going = [p for p in peers if p.beat["doing"] != FINISHED]
     for peer in going:
         if now - peer.heard > silence:
             last = peer.beat["step"]
@@ -212,8 +217,8 @@ class Heartbeat:
 
     def leave(self) -> None:
         """Fall silent once all have finished: silence before that would be taken for death."""
-        self.pulse(self.pulse.step, "finished")
-        hosts.gather("finished", True)
+        self.pulse(self.pulse.step, FINISHED)
+        hosts.gather(FINISHED, True)
         self.over.set()
 
     def give_up(self, why: str, code: int) -> None:

@@ -1,5 +1,6 @@
 """The only training loop in the house: dispatch, prefetch, report one step late, save."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -7,14 +8,19 @@ from typing import Any
 
 
 class Terminated:
-    """True once the process was asked to end (SIGTERM); the loop then saves and returns."""
+    """True once the process was asked to end (SIGTERM) inside `with`; the loop then saves and returns."""
 
     def __init__(self):
-        self.asked = False
-        try:
-            signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:
-            pass  # not the main thread: the caller handles signals
+        self.asked, self.before = False, None
+
+    def __enter__(self) -> "Terminated":
+        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
 
     def _ask(self, *_):
         self.asked = True

@@ -17,9 +17,9 @@ from raddino_jax.data import labels, pipeline
 from raddino_jax.evals import demographics, figures, linear, predict, probe, report, segment, table
 
 
-def pretrain(config, workdir: Path, beat: train.Beat) -> None:
-    """Pre-training with the probe's scores as its online evaluation."""
-    train.run(config, workdir, observe=probe.observe, beat=beat)
+def pretrain(config, workdir: Path, beat: train.Beat) -> bool:
+    """Pre-training with the probe's scores as its online evaluation; False when asked to end before its last step."""
+    return train.run(config, workdir, observe=probe.observe, beat=beat)
 
 
 def judge(config, workdir: Path) -> None:
@@ -36,6 +36,7 @@ MENDABLE = (
     train.ConfigError, pipeline.DataError, labels.LabelError, encoders.WeightsError, starts.WorkdirError,
     hosts.ClusterError,
 )
+TOGETHER = ("pretrain", "report")  # tasks that several processes share
 ON_A_RUN = ("figures", "predict", "table")  # tasks that read a finished run and bring no config of their own
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, e.g. configs/quickstart.py.")
@@ -46,6 +47,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Number of this process from 0, w
 _SILENCE = flags.DEFINE_float("silence", 30.0, "Seconds without a beat after which a process is taken for dead.")
 _HANG = flags.DEFINE_float("hang", 900.0, "Seconds that a process may stay behind the others before the run is ended.")
 _TELL_EVERY = flags.DEFINE_float("tell_every", 60.0, "Seconds between two lines about each process.")
+_UNFINISHED = flags.DEFINE_integer("unfinished", 0, "Exit code of a run that saved and ended because it was asked to.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; default runs/<config file name>.")
 
 
@@ -58,7 +60,8 @@ def main(_) -> None:
     if hosts.count() > 1:
         beats = heartbeat.Heartbeat(pulse, _SILENCE.value, _HANG.value, _TELL_EVERY.value)
     try:
-        _run(pulse, beats)
+        if not _run(pulse, beats):
+            sys.exit(_UNFINISHED.value)
     except MENDABLE as error:
         _refuse(error)
         _end(beats, error, 2)
@@ -81,13 +84,19 @@ def main(_) -> None:
         raise
 
 
-def _run(pulse: heartbeat.Pulse, beats: heartbeat.Heartbeat | None) -> None:
+def _run(pulse: heartbeat.Pulse, beats: heartbeat.Heartbeat | None) -> bool:
+    """Do what the config asks for; False when asked to end before."""
     config, workdir = _CONFIG.value, Path(_WORKDIR.value or Path("runs") / _config_name())
     if config is None:
         raise train.ConfigError("no config: give --config=configs/NAME.py, e.g. configs/quickstart.py")
     for task in (config.task, *config.then):
         if task not in TASKS:
             raise train.ConfigError(f"task {task!r} (config.task, config.then) must be one of {', '.join(TASKS)}")
+    if hosts.count() > 1 and config.task not in TOGETHER:
+        raise train.ConfigError(
+            f"task={config.task} runs in one process, on all devices of its machine; only {' and '.join(TOGETHER)} are "
+            f"shared by several, and these are {hosts.count()}"
+        )
     here = starts.Workdir(workdir)
     if config.task in ON_A_RUN:
         _need_run(config, workdir)
@@ -98,16 +107,17 @@ def _run(pulse: heartbeat.Pulse, beats: heartbeat.Heartbeat | None) -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "raddino_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     tasks = [config.task, *config.then]
+    whole = True
     if config.task == "pretrain":
-        pretrain(config, workdir, pulse)
-        tasks = tasks[1:]
-    elif config.task == "report" and not report.write(config, workdir, pulse):
-        tasks = []  # asked to stop
+        whole, tasks = pretrain(config, workdir, pulse), tasks[1:]
+    elif config.task == "report":
+        whole = report.write(config, workdir, pulse)
     if beats is not None:
         beats.leave()
         hosts.leave()
-    for task in tasks if hosts.index() == 0 else ():
+    for task in tasks if whole and hosts.index() == 0 else ():
         TASKS[task](config, workdir)
+    return whole
 
 
 def _end(beats: heartbeat.Heartbeat | None, error: Exception, code: int) -> None:

@@ -414,8 +414,10 @@ def jit_step(constants: Step, state: TrainState, mesh) -> Callable:
 
 # --- the run --------------------------------------------------------------------------------------------
 
-def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat = lambda step, doing: None) -> None:
-    """Train to the end, resuming from the newest sound checkpoint. Of several processes all call it.
+def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat = lambda step, doing: None) -> bool:
+    """Train to the end, resuming from the newest sound checkpoint; False when asked to end before.
+
+    Of several processes all call it.
 
     observe(step, class features of the teacher [n, D], labels) -> scores is called every `config.eval_every` steps
     where the sources have labels; beat(step, what is done now) at every change. Raises ConfigError before anything is
@@ -431,8 +433,9 @@ def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat 
         start = saved.newest_sound() or 0
         if start >= steps:
             _show_finished(workdir, start)
+            whole = True
         else:
-            _train(config, Path(workdir), sources, steps, start, saved, devices, observe, beat)
+            whole = _train(config, Path(workdir), sources, steps, start, saved, devices, observe, beat)
     except (checkpoints.CheckpointError, OSError):
         raise  # what cannot be written now cannot be waited for either
     except BaseException:
@@ -440,9 +443,10 @@ def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat 
         raise
     else:
         saved.close()
+    return whole
 
 
-def _train(config, workdir, sources, steps, start, saved, devices, observe, beat) -> None:
+def _train(config, workdir, sources, steps, start, saved, devices, observe, beat) -> bool:
     mesh = sharding.make_mesh(devices, config.mesh.fsdp)
     constants = step_of(config, steps, sum(map(len, sources)), mesh)
     student = None if start else initial_student(config, constants)
@@ -455,7 +459,6 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe, beat
         saved.save(0, {"teacher": state.teacher})
     journal = watch.Journal(config, workdir, constants, mesh, steps, start)
     online = watch.Online(config, constants.objective, observe, journal)
-    stop = loop.Terminated()
     films: deque = deque(maxlen=4)  # (step, who is in its batch) of the newest ones
 
     def save(step, state):
@@ -471,7 +474,7 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe, beat
             saved.save(step - 1, kept.items())
         _write_replay(config, workdir, sources, step, dict(films)[step])
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), loop.Terminated() as stop:
         _, last = loop.run(
             state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh, films),
             start=start, steps=steps, report=report, evaluate=online.evaluate, meter=journal.meter,
@@ -483,6 +486,7 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe, beat
         logs.say(f"ended at step {last}: {config.keep_best} has not improved since step {online.best_step}")
     elif last < steps:
         logs.say(f"asked to end: step {last} is saved; the same command continues")
+    return online.exhausted or last >= steps
 
 
 def _introduce(config, workdir, sources, steps, state, mesh) -> None:

@@ -107,13 +107,15 @@ def test_a_killed_run_resumes_to_the_same_metrics(finished, tmp_path):
     assert computed(workdir) == computed(finished)
 
 
-def test_sigterm_saves_and_ends_well(tmp_path):
+@pytest.mark.parametrize("code", [0, 75])
+def test_sigterm_saves_and_ends_with_the_code_asked_for_and_does_nothing_else(tmp_path, code):
     workdir = tmp_path / "asked"
-    process = start(workdir, "--config.steps=2000", "--config.checkpoint_every=2000")
+    process = start(workdir, "--config.steps=2000", "--config.checkpoint_every=2000", f"--unfinished={code}")
     wait_for(lambda: len(logs.read_metrics(workdir)) >= 3, workdir, process)
     process.send_signal(signal.SIGTERM)
     err = Path(f"{workdir}.err")
-    assert process.wait(timeout=120) == 0, err.read_text()
+    assert process.wait(timeout=120) == code, err.read_text()
+    assert not (workdir / "results.json").exists(), "the tasks after the training wait for its end"
     saved = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit() and p.name != "0"]
     assert len(saved) == 1 and f"step {saved[0]} is saved" in err.read_text()
     assert logs.read_metrics(workdir)[-1]["step"] == saved[0]

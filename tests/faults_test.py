@@ -85,11 +85,7 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_digits_and_no_step_is_there_
 
 
 def test_sigterm_saves_the_step_that_the_run_is_in_and_says_so(whole, tmp_path, capsys):
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        start(tmp_path, beat=lambda step, now: step == 5 and now == "step" and os.kill(os.getpid(), signal.SIGTERM))
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    start(tmp_path, beat=lambda step, now: step == 5 and now == "step" and os.kill(os.getpid(), signal.SIGTERM))
     assert saved(tmp_path)[-1] == 5 and "step 5 is saved; the same command continues" in capsys.readouterr().err
     start(tmp_path)
     assert rows(tmp_path) == rows(whole)
@@ -372,6 +368,16 @@ def test_a_verdict_falls_on_the_silent_and_on_the_one_behind_and_on_nobody_else(
     assert "host 1" in judged(peer(0, 7, "saving", moved=40), peer(1, 7, "data", moved=40)), "earlier in the same step"
     assert judged(peer(0, 7, moved=0), peer(1, 7, moved=0)) == "", "all compile, or all wait: nobody is behind"
     assert judged(peer(0, 7), peer(1, 6, "finished", heard=0, moved=0)) == "", "who has finished may be silent"
+    late = judged(peer(0, 8, "writing"), peer(1, 2000, "saving", moved=40))
+    assert "host 1" in late, "reports are written, and counted anew, after all steps"
+
+
+def test_a_word_that_no_other_process_knows_is_an_error_where_it_is_said():
+    pulse = heartbeat.Pulse()
+    for known in (*heartbeat.ORDER, "writing", "finished"):
+        pulse(1, known)
+    with pytest.raises(ValueError, match="pondering"):
+        pulse(1, "pondering")
 
 
 def test_a_machine_that_was_suspended_accuses_nobody(monkeypatch):

@@ -103,8 +103,11 @@ def test_what_the_compiler_counts_of_a_vit_is_what_is_counted_here():
 
 
 class _Device:
-    def __init__(self, kind):
-        self.device_kind = kind
+    def __init__(self, kind, limit=None):
+        self.device_kind, self.limit = kind, limit
+
+    def memory_stats(self):
+        return self.limit and {"bytes_limit": self.limit}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,8 @@ class _Device:
     [
         ("NVIDIA H200", 989.4),
         ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
         ("TPU v5 lite", 197.0),
         ("TPU v5", 459.0),
         ("TPU v5p", 459.0),
@@ -124,6 +129,11 @@ def test_a_device_is_known_by_the_start_of_its_name(kind, peak):
 
 def test_an_unknown_device_has_no_peak():
     assert flops.chip(_Device("cpu")) is None
+
+
+def test_the_memory_of_a_device_at_hand_is_what_its_allocator_gives_out():
+    assert flops.chip(_Device("NVIDIA A100-SXM4-40GB")).memory == 40
+    assert flops.chip(_Device("NVIDIA H200", 105 * 2**30)).memory == 105
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -142,10 +142,8 @@ def test_the_meter_counts_steps_and_the_time_spent_waiting(monkeypatch):
 
 def test_sigterm_is_remembered_instead_of_ending_the_process():
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        asked = loop.Terminated()
+    with loop.Terminated() as asked:
         assert not asked
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGTERM) is before, "what comes after the loop can be ended again"

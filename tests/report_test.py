@@ -1,6 +1,8 @@
 """task=report from one end to the other on small films: what is written, what is gone on with, what is refused."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import fake_trees
@@ -218,6 +220,23 @@ def tune_params(workdir: Path, task: report.Task) -> dict:
     own = task.config.copy_and_resolve_references()
     own.update(init="weights", llm=str(path))
     return report.Task.open(own, workdir).params
+
+
+def test_asked_to_end_while_writing_keeps_what_is_written_and_goes_on_to_the_same_text(done, tmp_path, capsys):
+    workdir, given, _ = done
+    task = task_of(given, workdir)
+    params, said = tune_params(workdir, task), []
+
+    def beat(count, doing):
+        said.append((count, doing))
+        if len(said) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert decode.run(task, params, tmp_path, beat) is False
+    assert said == [(4, "writing")] and "asked to end" in capsys.readouterr().err
+    assert (tmp_path / decode.PART).read_text().count("\n") == 4 and not (tmp_path / decode.WHOLE).exists()
+    assert decode.run(task, params, tmp_path)
+    assert (tmp_path / decode.WHOLE).read_text() == (workdir / decode.WHOLE).read_text()
 
 
 def test_reports_of_other_films_are_not_gone_on_with(done, tmp_path):

@@ -36,12 +36,8 @@ def walk_here(workdir: Path, devices: int, fsdp: int, stop_at: int = 0) -> list[
         if (step, doing) == (stop_at, "step"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with devices_here(devices):
-            train.run(tiny(f"--config.mesh.fsdp={fsdp}"), workdir, beat=beat)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with devices_here(devices):
+        train.run(tiny(f"--config.mesh.fsdp={fsdp}"), workdir, beat=beat)
     return rows(workdir)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from raddino_jax import hosts, logs, sharding
+from raddino_jax import hosts, logs, loop, sharding
 from raddino_jax.evals import tune
 from raddino_jax.evals.picture import Picture, panels
 
@@ -26,11 +26,22 @@ FILMS, SHOWN, SIDE = "films", 8, 512  # folder of the films that a gallery shows
 COLUMNS, CELL, LETTERS = 4, 3.0, 44  # films side by side, inches of each, letters of a line under it
 
 
-def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> None:
-    """reports.jsonl of `task.tested`. Of several processes all call it, and process 0 writes.
+def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> bool:
+    """reports.jsonl of `task.tested`; False when asked to stop before. Of several processes all call it, process 0 writes.
 
     task: `report.Task`. params: as it trains them. beat(reports so far, what is done now) is called at every batch.
     """
+    with loop.Terminated() as stop:
+        written = _run(task, params, workdir, beat, stop)
+    if not written:
+        logs.say(f"asked to end: {workdir / PART} is kept; the same command continues")
+    elif hosts.index() == 0:
+        _keep_films(task, workdir / FILMS)
+        (workdir / PART).replace(workdir / WHOLE)
+    return written
+
+
+def _run(task, params, workdir, beat, stop: loop.Terminated) -> bool:
     part, places = workdir / PART, task.tested
     done = hosts.first("reports", lambda: _keep_sound(part, [task.source.pairs[place].id for place in places]))
     if done:
@@ -38,7 +49,7 @@ def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = la
     left, size, began = places[done:], task.config.decode_batch, time.perf_counter()
     starts = range(0, len(left), size)
     batches = (np.resize(left[start : start + size], size) for start in starts)  # one shape, one compilation
-    for start, texts in zip(starts, answers(task, params, batches), strict=True):
+    for batch, (start, texts) in enumerate(zip(starts, answers(task, params, batches), strict=True), 1):
         here = left[start : start + size]
         if hosts.index() == 0:
             _append(part, [_line(task, place, text) for place, text in zip(here, texts, strict=False)])
@@ -46,9 +57,9 @@ def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = la
         beat(count, "writing")
         rate = (start + len(here)) / (time.perf_counter() - began)
         logs.say(f"report {count}/{total}, {rate:.2f}/s, eta {logs.duration((total - count) / rate)}")
-    if hosts.index() == 0:
-        _keep_films(task, workdir / FILMS)
-        part.replace(workdir / WHOLE)
+        if count < total and hosts.ends_at(batch, bool(stop)):
+            return False
+    return True
 
 
 def answers(task, params: dict, batches: Iterator[Sequence[int]]) -> Iterator[list[str]]:

@@ -150,7 +150,6 @@ def _run(config, fit: Fit, train, val, every, workdir, saved) -> dict | None:
     step = jax.jit(fit.step, static_argnames="featured", donate_argnums=0)
     validate = jax.jit(fit.validate, static_argnames="featured")
     metrics, meter = logs.Metrics(workdir, start), logs.Meter(fit.batch_size, 0.0, None)
-    stop = loop.Terminated()
 
     def evaluate(step, state):
         if step % every and step != fit.steps:
@@ -164,7 +163,7 @@ def _run(config, fit: Fit, train, val, every, workdir, saved) -> dict | None:
         saved.check()
         logs.tell_step(metrics, meter, step, fit.steps, values, config.log_every, ("loss", "dice_loss"))
 
-    with jax.set_mesh(mesh):  # which attention on a TPU asks for
+    with jax.set_mesh(mesh), loop.Terminated() as stop:  # attention on a TPU asks for the mesh
         _, last = loop.run(
             state, lambda state, batch: step(state, frozen, *batch, featured=train.featured),
             _batches(train, fit, start, mesh), start=start, steps=fit.steps, report=report,

@@ -45,7 +45,7 @@ def run(config, workdir: Path) -> None:
 
 
 def write(config, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> bool:
-    """Train where there are steps to take, and write the reports of a split; False when asked to stop before.
+    """Train where there are steps to take, and write the reports of a split; False when asked to stop meanwhile.
 
     Of several processes all call it. Goes on where an earlier call was killed.
     """
@@ -54,13 +54,12 @@ def write(config, workdir: Path, beat: Callable[[int, str], None] = lambda step,
     if (workdir / decode.WHOLE).exists():
         return True
     task = Task.open(config, workdir)
-    params = task.train(workdir) if task.steps else task.params
+    params = task.train(workdir, beat) if task.steps else task.params
     if params is None:
         return False
     if task.steps:
         task.export(params, workdir / "writer")
-    decode.run(task, params, workdir, beat)
-    return True
+    return decode.run(task, params, workdir, beat)
 
 
 def check(config) -> None:
@@ -204,7 +203,7 @@ class Task:
         films = len(self.source.split("train"))
         return self.config.steps or self.config.epochs * math.ceil(films / self.config.batch_size)
 
-    def train(self, workdir: Path) -> dict | None:
+    def train(self, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> dict | None:
         """Tuned parameters; None when asked to stop."""
         c, eye = self.config, self.eye_for(self.config.compute_dtype)
         writer = self.writer(c.compute_dtype, c.lora, c.remat)
@@ -212,7 +211,8 @@ class Task:
             writer=writer, encode=eye, lr=c.lr, warmup=c.warmup, betas=tuple(c.betas), weight_decay=c.weight_decay,
             clip=c.clip, steps=self.steps, accumulate=c.accumulate,
         )  # fmt: skip
-        return tune.run(c, constants, self.params, eye.frozen if eye else {}, self.batches, workdir, self.val_batches)
+        frozen = eye.frozen if eye else {}
+        return tune.run(c, constants, self.params, frozen, self.batches, workdir, self.val_batches, beat)
 
     def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the batches of steps start + 1 on."""

@@ -123,18 +123,18 @@ def jit_step(tune: Tune, state: State, frozen: dict, mesh) -> Callable:
 
 def run(
     config, tune: Tune, params: dict, frozen: dict, batches: Callable[[int], Iterator[dict]], workdir: Path,
-    val: Callable[[], Iterator[dict]] | None = None,
+    val: Callable[[], Iterator[dict]] | None = None, beat: Callable[[int, str], None] = lambda step, doing: None,
 ) -> dict | None:  # fmt: skip
     """Train to the end, from the newest sound checkpoint. Returns all parameters; None when asked to stop.
 
     Of several processes all call it. config: `batch_size`, `log_every`, `checkpoint_every`, `eval_every` and `mesh` of
     configs/report.py. batches(step): this process's rows of the batches of steps step + 1 on, as numpy arrays; val():
-    those of the validation part, whose loss is logged every `eval_every` steps. Raises FloatingPointError where a loss
-    or a gradient is no number.
+    those of the validation part, whose loss is logged every `eval_every` steps. beat: as of `loop.run`. Raises
+    FloatingPointError where a loss or a gradient is no number.
     """
     saved = checkpoints.Checkpoints(workdir, keep=2)
     try:
-        return _run(config, tune, params, frozen, batches, workdir, val, saved)
+        return _run(config, tune, params, frozen, batches, workdir, val, beat, saved)
     finally:
         saved.close()
 
@@ -145,7 +145,7 @@ def mesh_of(config):
     return sharding.make_mesh(devices, config.mesh.fsdp or len(devices))
 
 
-def _run(config, tune: Tune, params, frozen, batches, workdir: Path, val, saved) -> dict | None:
+def _run(config, tune: Tune, params, frozen, batches, workdir: Path, val, beat, saved) -> dict | None:
     mesh, start = mesh_of(config), saved.newest_sound() or 0
     state = tune.fresh(sharding.place(params, mesh))
     state = jax.device_put(state, sharding.shardings(state, mesh))
@@ -157,7 +157,7 @@ def _run(config, tune: Tune, params, frozen, batches, workdir: Path, val, saved)
     frozen = sharding.place(frozen, mesh)
     step, loss = jit_step(tune, state, frozen, mesh), jax.jit(partial(_sums, tune))
     metrics = logs.Metrics(workdir, start) if hosts.index() == 0 else None
-    meter, stop = logs.Meter(config.batch_size, 0.0, None), loop.Terminated()
+    meter = logs.Meter(config.batch_size, 0.0, None)
 
     def evaluate(number: int, state: State) -> dict:
         if val is None or not config.eval_every or (number % config.eval_every and number != tune.steps):
@@ -169,13 +169,14 @@ def _run(config, tune: Tune, params, frozen, batches, workdir: Path, val, saved)
         saved.check()
         logs.tell_step(metrics, meter, number, tune.steps, values, config.log_every, ("loss",), "reports")
 
-    with jax.set_mesh(mesh):  # which networks ask for: attention on a TPU, weights that travel
+    # Networks ask for the mesh: attention on a TPU, weights that travel.
+    with jax.set_mesh(mesh), loop.Terminated() as stop:
         state, last = loop.run(
             state, lambda state, batch: step(state, frozen, batch),
             (sharding.to_devices(batch, mesh) for batch in batches(start)), start=start, steps=tune.steps,
             report=report, save=lambda number, state: saved.save(number, _items(state)), evaluate=evaluate, meter=meter,
             should_save=lambda number: number % config.checkpoint_every == 0,
-            stop=lambda number: hosts.ends_at(number, bool(stop)),
+            stop=lambda number: hosts.ends_at(number, bool(stop)), beat=beat,
         )  # fmt: skip
     if metrics is not None:
         metrics.close()
