@@ -29,7 +29,8 @@ def apply(config: ConfigDict, arguments: str, presets: dict) -> ConfigDict:
         elif equals:
             config.update_from_flattened_dict({_known(config, name): _literal(value)})
         else:
-            raise ValueError(f"unknown preset {name!r}; presets: {', '.join(presets)}; fields are set as field=value")
+            known = f"presets: {', '.join(presets)}" if presets else "this config has none"
+            raise ValueError(f"unknown preset {name!r}; {known}; fields are set as field=value")
     return config
 
 

@@ -12,9 +12,10 @@ is a PNG in WORKDIR/figures beside the numbers behind it.
 
 from ml_collections import ConfigDict
 
+from configs import common
 
-def get_config() -> ConfigDict:
-    """Everything else is read from the workdir."""
+def get_config(arguments: str = "") -> ConfigDict:
+    """Everything else is read from the workdir. After the colon: field=value pairs."""
     config = ConfigDict(dict(task="figures", then=()))
 
     # What an encoder sees in films (Figures 2, C.3 to C.5).
@@ -32,4 +33,4 @@ def get_config() -> ConfigDict:
     config.metric = ""  # "" = the first of auprc, dice, accuracy, rouge_l, auroc that they have
     config.classes = ("macro",)
     config.encoders = ()  # () = all
-    return config
+    return common.apply(config, arguments, {})

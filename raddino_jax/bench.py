@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from raddino_jax import augment, flops, logs, masking, rival, sharding, train
+from raddino_jax import augment, flops, logs, masking, rival, sharding, starts, train
 from raddino_jax import params as trees
 from raddino_jax.conversion import files, formats, huggingface
 from raddino_jax.data import encodings, pipeline
@@ -453,7 +453,7 @@ def cli() -> None:
 
     try:
         logging.set_verbosity(logging.ERROR)
-        app.run(begin)
+        app.run(begin, flags_parser=starts.parse)
     except (BenchError, train.ConfigError, pipeline.DataError) as error:
         logs.say(f"raddino_jax: {error}")
         sys.exit(2)

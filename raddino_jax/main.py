@@ -145,15 +145,8 @@ def _need_run(config, workdir: Path) -> None:
 def cli() -> None:
     """Console entry: errors a user can mend are one message and exit code 2, not a traceback."""
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=starts.parse)
     except MENDABLE as error:
-        sys.exit(_refuse(error))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         sys.exit(_refuse(error))
 
 

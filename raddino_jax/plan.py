@@ -11,6 +11,7 @@ stdout and, as its last line, one JSON object; progress goes to stderr.
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ from absl import app, flags, logging
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from raddino_jax import encoders, flops, logs, sharding, train
+from raddino_jax import encoders, flops, logs, sharding, starts, train
 from raddino_jax import params as trees
 from raddino_jax.conversion.llama import read_sizes
 from raddino_jax.data.pipeline import DataError
@@ -65,10 +66,18 @@ KNOBS = {
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-    """The devices of a named topology, which need not exist, or those at hand."""
+    """The devices of a named topology, which need not exist, or those at hand. Raises ConfigError for unknown ones."""
     if not topology:
         return jax.devices()
-    return topologies.get_topology_desc(topology, platform="tpu").devices
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise train.ConfigError("--topology needs libtpu, which describes chips: pip install -e '.[tpu]'") from None
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except (ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise train.ConfigError(f"--topology={topology}: no such TPU, or none that libtpu knows ({said})") from None
 
 
 def lower(config, devices) -> tuple[jax.stages.Lowered, train.Step, int]:
@@ -240,9 +249,13 @@ def _verdict(config, remat: str, chips: int, peak: float, chip) -> str:
     if chip is None:
         return f"needs {peak:.1f} GiB; what this device has is not known"
     if peak <= chip.memory:
-        return f"fits: {peak:.1f} of {chip.memory} GiB per chip"
+        return f"fits: {_gib(peak)} of {chip.memory} GiB per chip"
     knob = next(text for applies, text in KNOBS[config.task] if applies(config, remat, chips))
     return f"does not fit by {peak - chip.memory:.1f} GiB per chip; first try {knob}"
+
+
+def _gib(amount: float) -> str:
+    return f"{amount:.1f}" if amount >= 1 else f"{amount:.3f}"
 
 
 def collectives(text: str) -> dict[str, dict]:
@@ -310,7 +323,7 @@ def show_frontier(rows: list[dict], write: Callable[[str], None] = print) -> Non
     for row in frontier(rows):
         write(
             f"{row['images_per_chip']:15g}  {row['remat']:5s}  {row['logits_budget']:13d}  "
-            f"{row['peak_hbm_gib']:13.1f}  {row['verdict']}"
+            f"{_gib(row['peak_hbm_gib']):>13s}  {row['verdict']}"
         )
 
 
@@ -357,7 +370,7 @@ def cli() -> None:
     swept = flags.DEFINE_bool("sweep", False, "Compile images per chip x remat x logit budgets, print the frontier.")
     try:
         logging.set_verbosity(logging.ERROR)
-        app.run(lambda _: run(config.value, topology.value, swept.value))
+        app.run(lambda _: run(config.value, topology.value, swept.value), flags_parser=starts.parse)
     except (train.ConfigError, DataError, encoders.WeightsError) as error:
         logs.say(f"raddino_jax: {error}")
         sys.exit(2)

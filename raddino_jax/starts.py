@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from absl import flags
 
 from raddino_jax import hosts, logs
 
@@ -171,3 +173,21 @@ def _versions() -> dict[str, str]:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags and config from the command line, for `app.run`; what cannot be is one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS["config"].value, "task", None)  # a config that failed to load fails here
+        return rest
+    except OSError as error:  # of ml_collections, with all that it tried
+        said = f"no such config: {str(error).strip().splitlines()[-1].strip()}; configs/ holds the ready ones"
+    except (AttributeError, KeyError) as error:  # of ml_collections, with the field in quotes
+        said = "no such field in the config: " + " ".join(re.sub(r"\\n|[\\'\"]", " ", str(error.args[0])).split())
+    except (flags.Error, TypeError, ValueError) as error:
+        # ml_collections puts a whole traceback into what it says of a config that raises.
+        said = re.sub(r"Error whilst parsing config file:.*\n\w+: ", "", str(error), flags=re.DOTALL).strip()
+    logs.say(f"raddino_jax: {said}")
+    sys.exit(2)

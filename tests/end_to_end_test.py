@@ -134,7 +134,10 @@ def test_a_finished_run_says_so_and_another_config_is_refused(finished):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config.no_such_field=1"], "no_such_field"),
+        (["--config.no_such_field=1"], "no such field in the config: no_such_field"),
+        (["--config=configs/nope.py"], "no such config: [Errno 2] No such file or directory: 'configs/nope.py'"),
+        (["--config=configs/quickstart.py:foo=1"], "unknown config field 'foo'"),
+        (["--config=configs/figures.py:points"], "unknown preset 'points'"),
         (["--config.group_size=3"], "largest group_size that fits is"),
         (["--config.data.sources=('chexpert',)"], "not prepared"),
         (["--config.data.sources=('folder:/no/such/folder',)"], "/no/such/folder"),

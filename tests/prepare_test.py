@@ -137,6 +137,7 @@ def test_splits_drawn_by_patient_are_the_same_every_time(archive, tmp_path, work
         (dict(labels="Edema"), "give --csv"),
         (dict(encoding="png"), "--encoding of raw, zstd"),
         (dict(patient_regex="x(y)"), "does not match"),
+        (dict(patient_regex="x(y"), "no regular expression"),
         (dict(exclude="/nowhere"), "No such file"),
     ],
 )

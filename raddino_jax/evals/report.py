@@ -7,6 +7,7 @@ Letters: n films, S pixels per side, P patches of a film, C width of the encoder
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from raddino_jax.models import llava
 from raddino_jax.models.llama import Llama
 
 ROUND = 16  # batches are padded to a multiple of so many tokens
+EXTRA = ("rouge_score", "sacrebleu", "sentencepiece", "tokenizers")  # what comes with the extra `report`
 
 
 class ReportError(DataError):
@@ -64,6 +66,7 @@ def write(config, workdir: Path, beat: Callable[[int, str], None] = lambda step,
 
 def check(config) -> None:
     """Raise ReportError with every field that cannot be, and its mend."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     problems = [
         message for bad, message in (
             (config.dataset not in pairs.DATASETS,
@@ -86,6 +89,7 @@ def check(config) -> None:
              f"decode_batch={config.decode_batch} must be a multiple of the {jax.device_count()} chips"),
             (config.lr <= 0, f"lr={config.lr} must be positive"),
             (config.lora < 0, f"lora={config.lora} is a rank, 0 for none"),
+            (bool(missing), f"{', '.join(missing)} not installed: pip install -e '.[report]'"),
         ) if bad
     ]  # fmt: skip
     if problems:

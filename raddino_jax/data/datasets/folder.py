@@ -40,6 +40,10 @@ def read(
     """
     if labels and not csv:
         raise ManifestError("--labels names columns of a table: give --csv=FILE as well")
+    try:
+        re.compile(patient_regex)
+    except re.error as error:
+        raise ManifestError(f"--patient_regex={patient_regex} is no regular expression: {error}") from None
     known = _table(Path(csv), labels) if csv else {}
     found = Manifest(labels=tuple(filter(None, labels.split(","))), pseudonyms=True)
     named = set()
