@@ -149,7 +149,7 @@ class Objective:
     def look(self, teacher: dict, given: dict) -> dict:
         """The teacher on unmasked global crops: unit vectors of class tokens and masked patches, some features."""
         crops, index = given["views"]["global"], given["index"]
-        images, patches = len(crops), given["masks"].shape[-1]
+        images, patches = len(crops), crops.shape[2] * crops.shape[3] // self.backbone.patch_size**2
         few = jnp.arange(0, patches, max(patches // 4, 1))  # of each film's first crop, for `diagnose`
         few = (2 * patches * jnp.arange(self.group_size)[:, None] + few).reshape(-1)
         few = jnp.broadcast_to(few, (len(index), few.size))

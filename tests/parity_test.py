@@ -32,6 +32,15 @@ from raddino_jax.objective import masked_tokens
 GOLDENS = Path(os.environ["RADDINO_GOLDENS"])
 
 
+@pytest.fixture(autouse=True)
+def as_users_compile():
+    """With all optimisations, which the other tests go without (conftest.py)."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def records(prefix: str, pattern: str = "", exclude: str = "$^"):
     """One case (file, *groups of the pattern) per distinct match among the keys of every file of a kind."""
     found = []
