@@ -108,8 +108,8 @@ def _column(table: Path, column: str) -> list[str]:
         name = column or next((c for c in COLUMNS if c in known), "")
         if name not in known:
             raise EmbedError(
-                f"{table} has no column {column or ' or '.join(COLUMNS)!r}: name one with --column, "
-                f"of {', '.join(known)}"
+                f"{table} has no column named {column or ' or '.join(COLUMNS)}: name one of its own with --column "
+                f"({', '.join(known)})"
             )
         return [row[name] or "" for row in rows]
 

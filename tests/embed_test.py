@@ -275,7 +275,7 @@ def test_lists_that_are_refused(encoder, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, options, said in [
         (folder / "list.csv", {}, "no column"),
-        (folder / "list.csv", dict(column="c"), "no column 'c'.*of a, b"),
+        (folder / "list.csv", dict(column="c"), "no column named c.*\\(a, b\\)"),
         (tmp_path / "gone", {}, "is not there"),
         (tmp_path / "empty", {}, "holds no files"),
         (folder, dict(out=tmp_path / "x.csv"), "ends in .npz or .parquet"),

@@ -61,7 +61,7 @@ def _split_of(shard: str, name: str) -> str:
 
 def _kind(reason: str) -> str:
     """Reasons without their numbers, to be counted."""
-    return re.sub(r"\d[\d,.]*", "#", reason)
+    return re.sub(r"(?<!JPEG )\b\d+(?:[.,]\d+)*\b", "#", reason)
 
 
 def _csv(rows) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from raddino_jax import logs
 from raddino_jax.data.pipeline import DataError
@@ -31,7 +32,7 @@ def training(rows: list[dict], settings: dict) -> list[Picture]:
     k = settings["head"]["prototypes"]
     found = [
         _lines("loss", "Loss", rows, [("loss", "dino_global", "dino_local", "ibot", "koleo")],
-               "The total is the sum of the four terms. The DINO and iBOT terms should fall from the value of uniform "
+               "The total is the sum of the others. The DINO and iBOT terms should fall from the value of uniform "
                "targets; the total alone says little, because the targets sharpen meanwhile."),
         _lines("diagnostics", "Is it learning?", rows,
                [("target_entropy",), ("prototypes_used", "agreement"), ("cls_rank", "patch_rank"),
@@ -70,12 +71,16 @@ def _lines(name, title, rows, groups, sentence) -> Picture:
     for axis, fields in zip(axes[0], groups, strict=True):
         for field, colour in zip(fields, COLOURS, strict=False):
             given = [(row["step"], row[field]) for row in rows if isinstance(row.get(field), int | float)]
+            if not any(value for _, value in given):
+                continue  # a term that is switched off
             marker = "o" if len(given) < 12 else ""  # a single point has no line
             label = field.removeprefix("probe_")
             axis.plot(*zip(*given, strict=True), label=label, lw=1.4, color=colour, marker=marker)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(edgecolor="none", framealpha=0.85, fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(fields) > 3 else {}  # many would hide a curve's end
+        axis.legend(edgecolor="none", framealpha=0.85, fontsize=8, **beside)
     figure.tight_layout()
     fields = ["step", *(field for group in groups for field in group)]
     return Picture(name, title, sentence, figure, [{f: row.get(f) for f in fields} for row in rows])

@@ -61,6 +61,8 @@ def run(config, workdir: Path) -> None:
         else Result({**result.row, "encoder": label}, result.workdir, result.command, result.written)
         for result in read_runs(config.runs)
     ]
+    if not results:
+        logs.say(f"table: runs={config.runs} matches no folder with a results.json")
     workdir.mkdir(parents=True, exist_ok=True)
     if name in paper.TABLES:
         text, lines = of_table(paper.TABLES[name], results, config.dataset)
