@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -42,14 +43,21 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 3, keep_every: int = 0, best: str = ""):
         rules = [LatestN(keep), EveryNSteps(keep_every or FOREVER)]
-        if best:
-            rules.append(BestN(get_metric_fn=lambda m: m[best], n=1, keep_checkpoints_without_metrics=False))
+        # A start that was judged by something else may have left other scores.
+        judge = (lambda metrics: metrics.get(best, -np.inf)) if best else None
+        if judge:
+            rules.append(BestN(get_metric_fn=judge, n=1, keep_checkpoints_without_metrics=False))
         self.folder = Path(workdir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
+        self.options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(rules), cleanup_tmp_directories=True,
+            best_fn=judge,  # the policy alone decides what is kept, but without this no metrics are written for it
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+
+    @cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        """Opened at the first use, which is after damaged steps are out of the way: it fails at unreadable metrics."""
+        return ocp.CheckpointManager(self.folder, options=self.options, item_names=ITEMS)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None when there is none."""
@@ -83,28 +91,29 @@ class Checkpoints:
         """Step of the newest checkpoint whose files are what was written; None where there is none at all.
 
         Damaged newer ones are told and moved to `damaged/` beside `checkpoints/`, for their steps will be saved again.
-        Raises CheckpointError where all are damaged.
+        Raises CheckpointError, and moves none, where all are damaged or only the initialisation is not.
         """
         step = hosts.first("sound", self._set_damaged_aside, CheckpointError)
         self.manager.reload()
         return step
 
     def _set_damaged_aside(self) -> int | None:
-        steps = sorted(_steps(self.folder), reverse=True)
+        steps, damaged = sorted(_steps(self.folder), reverse=True), {}
         for step in steps:
-            faults = damage(self.folder / str(step))
-            if not faults:
-                if step == 0 and len(steps) > 1:  # the initialisation: to begin anew must be somebody's decision
-                    raise CheckpointError(
-                        f"every checkpoint of {self.folder} is damaged (they are in {self.folder.parent / 'damaged'}): "
-                        "restore one from a backup, or train anew in another --workdir"
-                    )
-                return step
+            if not (faults := damage(self.folder / str(step))):
+                break
+            damaged[step] = "; ".join(faults[:3])
+        sound = next((step for step in steps if step not in damaged), None)
+        if damaged and not sound:  # to begin anew must be somebody's decision, at the next start too: all stay in place
+            raise CheckpointError(
+                f"every checkpoint of {self.folder}{'' if sound is None else ' but the initialisation'} is damaged ("
+                + ", ".join(f"step {step}: {faults}" for step, faults in damaged.items())
+                + "): restore one from a backup, or train anew in another --workdir"
+            )
+        for step, faults in damaged.items():
             aside = _aside(self.folder, step)
-            logs.say(f"checkpoint {step} is damaged: {'; '.join(faults[:3])}. It is now {aside}; trying the one before")
-        if steps:
-            raise CheckpointError(f"every checkpoint of {self.folder} is damaged: train anew in another --workdir")
-        return None
+            logs.say(f"checkpoint {step} is damaged: {faults}. It is now {aside}; trying the one before")
+        return sound
 
     def _seal(self) -> None:
         """Write the digests of the step that is complete but not yet renamed."""
@@ -126,6 +135,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises CheckpointError where a save fails."""
+        if "manager" not in vars(self):
+            return  # never opened
         try:
             self.manager.wait_until_finished()
         except Exception as error:

@@ -8,7 +8,7 @@ difference is folded into the first layer, exactly.
 Letters: n films, S pixels per side, h w patch rows and columns, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from raddino_jax.conversion.sources import Source
 from raddino_jax.models.attention import BACKENDS
 from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.heads import DINOHead
-from raddino_jax.models.ops import LayerNorm
+from raddino_jax.models.ops import LayerNorm, products
 from raddino_jax.models.resnet import BioViLT
 from raddino_jax.models.vit import VARIANTS, ViT
 from raddino_jax.preprocess import fold_grey, square
@@ -164,8 +164,8 @@ class Encoder:
         self.params = jax.device_put(folded, NamedSharding(self.mesh, P()))
         blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 1), jnp.float32)
         self.width = jax.eval_shape(self._features, self.params, blank)["cls"].shape[-1]
-        self._compiled = jax.jit(self._features)
-        self._staged = jax.jit(lambda params, batch: self.network.apply({"params": params}, batch))
+        self._compiled = self.compiled(self._features)
+        self._staged = self.compiled(lambda params, batch: self.network.apply({"params": params}, batch))
 
     def preprocess(self, films: Sequence[np.ndarray]) -> np.ndarray:
         """Films uint8 [H, W] of any sizes -> float32 [n, S, S, 1]."""
@@ -178,12 +178,21 @@ class Encoder:
         """Every intermediate by the name that the network gives it."""
         return self._run(self._staged, batch)
 
-    def layers(self, batch: np.ndarray, count: int = 4) -> Array:
-        """Patch features [n, count, h, w, D] of several depths; see `maps`."""
-        return self._run(jax.jit(lambda params, x: {"maps": self.maps(params, x, count)}), batch)["maps"]
+    def compiled(self, function: Callable, **options) -> Callable:
+        """`function`, which uses the network, by `jax.jit` with these options, and with the encoder's mesh in sight.
+
+        A TPU's attention kernel has to be told how a batch is split; without the mesh several chips refuse it.
+        """
+        program = jax.jit(function, **options)
+
+        def call(*args):
+            with jax.set_mesh(self.mesh), products(self.dtype):
+                return program(*args)
+
+        return call
 
     def maps(self, params: dict, batch: Array, count: int = 4) -> Array:
-        """The same to be traced: float32 [n, count, h, w, D] after blocks spread evenly, the last block last.
+        """Patch features float32 [n, count, h, w, D] after blocks spread evenly, the last block last; to be traced.
 
         Of 12 blocks and count 4: the 3rd, 6th, 9th and 12th, each under the final norm, as far as the network has one
         for its patches. count 1 is "patches". Raises ValueError for networks that are not made of blocks.
@@ -232,8 +241,7 @@ class Encoder:
         extra = -n % self.mesh.size
         if extra:
             batch = np.concatenate([batch, np.zeros((extra, *batch.shape[1:]), np.float32)])
-        with jax.set_mesh(self.mesh):  # a TPU's attention kernel has to be told how a batch is split
-            out = compiled(self.params, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+        out = compiled(self.params, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
         return {name: value[:n] for name, value in out.items()} if extra else out
 
     def _features(self, params, batch: Array) -> dict[str, Array]:

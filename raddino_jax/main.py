@@ -74,7 +74,9 @@ def main(_) -> None:
         logs.say(f"raddino_jax: {error}", each=True)
         _end(beats, error, 1)
     except OSError as error:
-        logs.say(f"raddino_jax: {error}: {starts.remedy(error)}. The newest checkpoint is untouched", each=True)
+        if error.errno not in starts.REFUSALS:
+            traceback.print_exc()  # no workdir that refuses: where it came from is what helps
+        logs.say(f"raddino_jax: {error}: {starts.remedy(error)}", each=True)
         _end(beats, error, 1)
     except Exception as error:
         if beats is not None:

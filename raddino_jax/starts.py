@@ -28,7 +28,16 @@ HARMLESS = (
     "data.cache_gib", "data.data_dir", "model.remat", "model.attention", "loss.logits_budget", "mesh.fsdp",
 )
 OF_A_START = {"config.json", "starts.jsonl", "lock"}  # what a workdir holds before anything is computed
+ENDS = ("results.json", "rows.json", "films_*/rows.json", "reports.jsonl", "reports.part.jsonl")  # not computed twice
 SEEN_WITHIN = 30.0  # seconds in which a file must show up on another host; NFS caches a folder for that long
+
+REFUSALS = {  # errors of a file system that another workdir may get round, and what to do
+    errno.ENOSPC: "make room on that disk, then start the same command again",
+    errno.EDQUOT: "your quota is used up: make room, then start the same command again",
+    errno.EROFS: "that file system is mounted read-only; give a --workdir that can be written",
+    errno.EACCES: "you may not write there; give a --workdir that is yours",
+    errno.EPERM: "you may not write there; give a --workdir that is yours",
+}
 
 
 class WorkdirError(ValueError):
@@ -57,7 +66,8 @@ class Workdir:
                 probe.unlink()
             self.lock = (self.path / "lock").open("a+")
         except OSError as error:
-            raise WorkdirError(f"{self.path} cannot be written ({error.strerror}): {remedy(error)}") from error
+            what = REFUSALS.get(error.errno, "give a --workdir that can be written")
+            raise WorkdirError(f"{self.path} cannot be written ({error.strerror}): {what}") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
         except BlockingIOError:
@@ -94,7 +104,8 @@ class Workdir:
     def settle(self, config, differences: Callable[[dict, dict], list[str]], force: bool = False) -> None:
         """Write config.json, or refuse a workdir that belongs to another config. Says what differs.
 
-        A start that ended before it had computed anything, as with a wrong config, does not claim the workdir.
+        A start that ended before it had computed anything, as with a wrong config, does not claim the workdir. Where
+        force overrules a difference that matters, results of the config before are moved aside.
         differences(old, new) -> "field: old -> new" of two configs.
         """
         text = config.to_json(indent=2, sort_keys=True) + "\n"
@@ -109,14 +120,30 @@ class Workdir:
                 raise WorkdirError(f"{path} is damaged ({error}): restore it, or give another --workdir") from error
             changed = differences(old, json.loads(text))
             grave = [line for line in changed if line.partition(":")[0] not in HARMLESS]
-            if grave and not force and {file.name for file in self.path.iterdir()} - OF_A_START:
+            if grave and not force and self._computed():
                 raise WorkdirError(
                     f"{self.path} belongs to a run with another config; give another --workdir, take these back, or "
                     "go on with --force:\n" + "\n".join(f"  - {line}" for line in grave)
                 )
             for line in changed:
                 logs.say(f"config changed: {line}" + (" (forced)" if force and line in grave else ""))
+            if grave:
+                self._set_ends_aside()
         logs.write_whole(path, text)
+
+    def _computed(self) -> bool:
+        """Whether there is anything that only a run that got going leaves; `checkpoints/` is made a little before."""
+        found = [p for p in self.path.iterdir() if not p.is_dir() or any(p.iterdir())]
+        return bool({p.name for p in found} - OF_A_START)
+
+    def _set_ends_aside(self) -> None:
+        """Rename what evaluations take for their end: they would tell it as what the new config came to."""
+        for path in sorted(p for pattern in ENDS for p in self.path.glob(pattern)):
+            number = 1
+            while (target := path.with_stem(f"{path.stem}-{number}")).exists():
+                number += 1
+            path.rename(target)
+            logs.say(f"{path} is of the config before: it is now {target.name}")
 
     def record(self, config, devices: list[jax.Device]) -> None:
         """Add this start to starts.jsonl: when, command, config, versions, git revision, hosts and their devices."""
@@ -139,13 +166,12 @@ class Workdir:
 
 
 def remedy(error: OSError) -> str:
-    """What to do about a file system that refuses."""
-    return {
-        errno.ENOSPC: "make room on that disk, then start the same command again",
-        errno.EDQUOT: "your quota is used up: make room, then start the same command again",
-        errno.EROFS: "that file system is mounted read-only; give a --workdir that can be written",
-        errno.EACCES: "you may not write there; give a --workdir that is yours",
-    }.get(error.errno, "give a --workdir that can be written")
+    """What to do about an error of the operating system, which need not come from the workdir."""
+    if error.errno in REFUSALS:
+        return REFUSALS[error.errno]
+    if error.filename is not None:
+        return f"see that {error.filename} is there and can be used"
+    return "once that is mended, start the same command again"
 
 
 def revision() -> str:

@@ -22,6 +22,7 @@ from raddino_jax import augment, checkpoints, encoders, flops, hosts, logs, loop
 from raddino_jax import params as trees
 from raddino_jax.data import pipeline
 from raddino_jax.models.heads import DINOHead
+from raddino_jax.models.ops import products
 from raddino_jax.models.vit import FEATURES, FFN, REMAT, VARIANTS, ViT, resize_pos_embed
 from raddino_jax.objective import Objective
 
@@ -163,7 +164,8 @@ def check(config, devices: int = 1, hosts: int = 1) -> None:
 def _rules(config, devices: int, hosts: int):
     model, views, data = config.model, config.views, config.data
     yield from _model_rules(config)
-    p = model.patch_size
+    yield from _view_rules(views)
+    p = max(model.patch_size, 1)
     for name, size in [("views.global_size", views.global_size), ("views.local_size", views.local_size),
                        ("model.image_size", model.image_size)]:
         yield size % p, f"{name}={size} is no multiple of model.patch_size={p}: use {size // p * p or p}"
@@ -178,16 +180,17 @@ def _rules(config, devices: int, hosts: int):
             f"{batch // group} groups (batch_size={batch} / group_size={group}) do not spread evenly over {devices} "
             f"devices: {per_device}"
         )
-    part = batch // max(config.accumulate, 1)
+    part, whole = batch // max(config.accumulate, 1), math.lcm(max(group, 1), max(koleo, 1))
     yield config.accumulate < 1 or config.accumulate > 1 and (
-        batch % config.accumulate or part % devices or part // devices % group or part // devices % koleo
+        batch % config.accumulate or part % devices or part // devices % whole
     ), (
         f"accumulate={config.accumulate}: each of its parts must hold whole groups on each of {devices} devices, so "
-        f"batch_size={batch} must be a multiple of accumulate x {devices} x {math.lcm(group, koleo) if group else 1}"
+        f"batch_size={batch} must be a multiple of accumulate x {devices} x {whole}"
     )
     yield koleo < 1 or batch % koleo, f"batch_size={batch} is not divided by koleo_group={koleo}: use a divisor"
     yield batch % hosts or batch < hosts, f"batch_size={batch} rows cannot be shared by {hosts} hosts: use a multiple"
-    yield devices % config.mesh.fsdp, f"mesh.fsdp={config.mesh.fsdp} does not divide {devices} devices: use a divisor"
+    fsdp = config.mesh.fsdp
+    yield fsdp < 1 or devices % fsdp, f"mesh.fsdp={fsdp} does not divide {devices} devices: use a divisor"
     weights = data.weights
     yield not data.sources, "data.sources is empty: name at least one, e.g. ('synthetic',)"
     yield weights and len(weights) != len(data.sources), (
@@ -221,6 +224,7 @@ def _model_rules(config):
         shape = VARIANTS[model.variant] | {k: model[k] for k in ("width", "heads") if model[k]}
         width, heads = shape["width"], shape["heads"]
         yield width % heads, f"model.width={width} is not divided by model.heads={heads}: use a divisor"
+    yield model.patch_size < 1, f"model.patch_size={model.patch_size} must be at least 1"
     yield not 0 <= model.drop_path < 1, f"model.drop_path={model.drop_path} must be in [0, 1)"
     low, high = config.masks.ratio
     yield not 0 <= low <= high <= 1, f"masks.ratio={config.masks.ratio} must be an interval inside [0, 1]"
@@ -228,10 +232,17 @@ def _model_rules(config):
     budget = masking.token_budget(
         2 * config.group_size, (config.views.global_size // model.patch_size) ** 2,
         config.masks.probability, tuple(config.masks.ratio),
-    ) if config.group_size > 0 else 1
+    ) if min(config.group_size, model.patch_size) > 0 else 1
     yield budget == 0 and loss.ibot > 0, (
         "no patch is ever masked (masks.probability, masks.ratio or group_size is too small): set loss.ibot=0 as well"
     )
+
+
+def _view_rules(views):
+    try:
+        augment.ViewSettings(**views)
+    except (TypeError, ValueError) as error:
+        yield True, f"views: {error}"
 
 
 def _duration_rules(config):
@@ -339,7 +350,10 @@ def initial_student(config, constants: Step) -> dict | None:
             if modules.get(name) is None:
                 raise encoders.WeightsError(f"{wanted[part]} holds no {name}")
             tree = _on_grid(modules[name], constants.objective.backbone) if name == "backbone" else modules[name]
-            student[name] = trees.merge(student[name], tree, wanted[part], optional=("mask_token$",))
+            try:
+                student[name] = trees.merge(student[name], tree, wanted[part], optional=("mask_token$",))
+            except ValueError as error:
+                raise encoders.WeightsError(str(error)) from None
     fresh = [name for name in student if name != "backbone" and "heads" not in given]
     if fresh:
         warmup = constants.schedules.head_warmup
@@ -378,10 +392,11 @@ def update(state: TrainState, views: dict, masks: Array, key: Array, constants: 
 
     objective = constants.objective
     given = (state.student, state.teacher, state.centres, views, masks, key, schedule["teacher_temp"])
-    if constants.accumulate > 1:
-        (total, (metrics, centres)), grads = objective.in_parts(constants.accumulate, *given)
-    else:
-        (total, (metrics, centres)), grads = jax.value_and_grad(objective, has_aux=True)(*given)
+    with products(objective.backbone.dtype):
+        if constants.accumulate > 1:
+            (total, (metrics, centres)), grads = objective.in_parts(constants.accumulate, *given)
+        else:
+            (total, (metrics, centres)), grads = jax.value_and_grad(objective, has_aux=True)(*given)
     student, opt, norms = constants.optimizer.update(state.student, grads, state.opt, schedule)
     teacher = optim.ema(state.teacher, student, schedule["momentum"])
     metrics = {"loss": total} | metrics | {f"grad_norm_{module}": norm for module, norm in norms.items()}
@@ -420,9 +435,9 @@ def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat 
     Of several processes all call it.
 
     observe(step, class features of the teacher [n, D], labels) -> scores is called every `config.eval_every` steps
-    where the sources have labels; beat(step, what is done now) at every change. Raises ConfigError before anything is
-    compiled, pipeline.DataError for a source that is not there, FloatingPointError when the loss is no number,
-    checkpoints.CheckpointError where none can be read or written.
+    where the sources have labels; beat(step, what is done now) at every change. A run that `config.stop_after` ended is
+    at its end. Raises ConfigError before anything is compiled, pipeline.DataError for a source that is not there,
+    FloatingPointError when the loss is no number, checkpoints.CheckpointError where none can be read or written.
     """
     devices = jax.devices()
     check(config, len(devices), jax.process_count())
@@ -431,8 +446,10 @@ def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat 
     saved = checkpoints.Checkpoints(workdir, config.keep, config.keep_every, config.keep_best)
     try:
         start = saved.newest_sound() or 0
-        if start >= steps:
-            _show_finished(workdir, start)
+        best = watch.Best(config, watch.rows_until(workdir, start))
+        # Hosts may see metrics.jsonl as it was a while ago: whether to train is one decision.
+        if hosts.share("finished", start >= steps or best.exhausted):
+            _show_finished(workdir, start, best)
             whole = True
         else:
             whole = _train(config, Path(workdir), sources, steps, start, saved, devices, observe, beat)
@@ -447,6 +464,12 @@ def run(config, workdir: Path, observe: watch.Observe | None = None, beat: Beat 
 
 
 def _train(config, workdir, sources, steps, start, saved, devices, observe, beat) -> bool:
+    labelled = watch.labelled(config, observe)
+    if config.keep_best and observe is not None and labelled is None:
+        raise ConfigError(
+            f"keep_best={config.keep_best!r} needs films with labels, and the sources have no labels: name a table "
+            "with eval.csv and eval.columns, or set keep_best='' and stop_after=0"
+        )
     mesh = sharding.make_mesh(devices, config.mesh.fsdp)
     constants = step_of(config, steps, sum(map(len, sources)), mesh)
     student = None if start else initial_student(config, constants)
@@ -458,7 +481,7 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe, beat
     elif saved.latest() is None:
         saved.save(0, {"teacher": state.teacher})
     journal = watch.Journal(config, workdir, constants, mesh, steps, start)
-    online = watch.Online(config, constants.objective, observe, journal)
+    online = watch.Online(config, constants.objective, labelled, observe, journal)
     films: deque = deque(maxlen=4)  # (step, who is in its batch) of the newest ones
 
     def save(step, state):
@@ -478,15 +501,16 @@ def _train(config, workdir, sources, steps, start, saved, devices, observe, beat
         _, last = loop.run(
             state, jit_step(constants, state, mesh), _feed(config, sources, steps, start, mesh, films),
             start=start, steps=steps, report=report, evaluate=online.evaluate, meter=journal.meter,
-            should_save=lambda step: step % config.checkpoint_every == 0 or online.best_step == step,
-            save=save, stop=lambda step: hosts.ends_at(step, bool(stop)) or online.exhausted, beat=beat, rescue=rescue,
+            should_save=lambda step: step % config.checkpoint_every == 0 or online.best.step == step,
+            save=save, stop=lambda step: hosts.ends_at(step, bool(stop)) or online.best.exhausted, beat=beat,
+            rescue=rescue,
         )
     journal.close()
-    if online.exhausted:
-        logs.say(f"ended at step {last}: {config.keep_best} has not improved since step {online.best_step}")
+    if online.best.exhausted:
+        logs.say(f"ended at step {last}: {online.best}")
     elif last < steps:
         logs.say(f"asked to end: step {last} is saved; the same command continues")
-    return online.exhausted or last >= steps
+    return online.best.exhausted or last >= steps
 
 
 def _introduce(config, workdir, sources, steps, state, mesh) -> None:
@@ -534,11 +558,12 @@ def _write_replay(config, workdir: Path, sources, step: int, films: np.ndarray) 
         logs.write_whole(workdir / f"replay-{step}.json", json.dumps(found, indent=1) + "\n")
 
 
-def _show_finished(workdir: Path, step: int) -> None:
+def _show_finished(workdir: Path, step: int, best: watch.Best) -> None:
     """What a finished run came to, on stdout."""
     if hosts.index():
         return
-    logs.say(f"{workdir} is finished at step {step}; to train anew give another --workdir")
+    why = f": {best}" if best.exhausted else ""
+    logs.say(f"{workdir} is finished at step {step}{why}; to train anew give another --workdir")
     rows = logs.read_metrics(workdir)
     print(json.dumps(rows[-1] if rows else {"step": step}))
 

@@ -24,7 +24,7 @@ class Journal:
         per_image = flops.step(constants.objective, views.global_size, views.local_size, views.local_crops)
         self.meter = logs.Meter(config.batch_size, per_image, chip and chip.peak * 1e12 * mesh.size)
         self.metrics = logs.Silent() if hosts.index() else logs.Metrics(workdir, start)
-        self.rows = [row for row in logs.read_metrics(workdir) if row["step"] <= start]
+        self.rows = rows_until(workdir, start)
         self.schedules, self.steps, self.every = constants.schedules, steps, config.log_every
         self.prototypes = constants.objective.dino_head.prototypes
         self.close = self.metrics.close
@@ -52,30 +52,62 @@ class Journal:
             logs.say(row["collapse"])
 
 
-class Online:
-    """The online evaluation: scores of the teacher, the best step by `config.keep_best`, patience."""
+def rows_until(workdir, step: int) -> list[dict]:
+    """The lines of metrics.jsonl that a start from a step's checkpoint goes on from."""
+    return [row for row in logs.read_metrics(workdir) if row["step"] <= step]
 
-    def __init__(self, config, objective, observe, journal):
-        """journal: its lines tell a resumed run its best, its meter leaves evaluations out."""
-        self.config, self.observe, self.meter = config, observe, journal.meter
-        found = None
-        if observe is not None and config.eval_every:
-            found = pipeline.labelled_films(config.data, config.eval)
-            if found is None:
-                logs.say("online evaluation: none, the sources have no labels (config.eval.csv names a table)")
-        self.labelled = found
-        feature = vit.FEATURES[config.eval.feature]
-        self.encode = jax.jit(lambda teacher, films: feature(objective.backbone.apply(
-            {"params": teacher["backbone"]}, standardized(films, config)
-        )))
-        self.best, self.best_step, self.since, self.scores = -np.inf, None, 0, {}
-        for row in journal.rows:
-            self._note(row["step"], row)
+
+class Best:
+    """The best step by `config.keep_best`, and how many evaluations came after it."""
+
+    def __init__(self, config, rows: list[dict]):
+        """rows: lines of metrics.jsonl so far."""
+        self.metric, self.patience = config.keep_best, config.stop_after
+        self.value, self.step, self.since = -np.inf, None, 0
+        for row in rows:
+            self.note(row["step"], row)
+
+    def note(self, step: int, scores: dict) -> None:
+        """Count an evaluation; scores without the metric are none."""
+        value = scores.get(self.metric)
+        if value is None:
+            return
+        self.since += 1
+        if value > self.value:
+            self.value, self.step, self.since = value, step, 0
 
     @property
     def exhausted(self) -> bool:
         """Whether `config.stop_after` evaluations brought no gain."""
-        return bool(self.config.stop_after) and self.since >= self.config.stop_after
+        return bool(self.patience) and self.since >= self.patience
+
+    def __str__(self) -> str:
+        return f"{self.metric} has not improved since step {self.step}"
+
+
+def labelled(config, observe: Observe | None) -> tuple | None:
+    """What `pipeline.labelled_films` finds for the online evaluation; None, with a word, where there is none to do."""
+    if observe is None or not config.eval_every:
+        return None
+    found = pipeline.labelled_films(config.data, config.eval)
+    if found is None:
+        logs.say("online evaluation: none, the sources have no labels (config.eval.csv names a table)")
+    return found
+
+
+class Online:
+    """The online evaluation: scores of the teacher, and the best of them so far."""
+
+    def __init__(self, config, objective, labelled: tuple | None, observe: Observe | None, journal: Journal):
+        """labelled: films with labels, None for no evaluation. journal: its lines tell a resumed run its best, its
+        meter leaves evaluations out.
+        """
+        self.config, self.labelled, self.observe, self.meter = config, labelled, observe, journal.meter
+        feature = vit.FEATURES[config.eval.feature]
+        self.encode = jax.jit(lambda teacher, films: feature(objective.backbone.apply(
+            {"params": teacher["backbone"]}, standardized(films, config)
+        )))
+        self.best, self.scores = Best(config, journal.rows), {}
 
     def evaluate(self, step: int, state) -> dict[str, float]:
         """Scores of this step where one is due, else nothing."""
@@ -87,22 +119,14 @@ class Online:
         features = np.concatenate([np.asarray(self.encode(state.teacher, chunk)) for chunk in chunks])
         # Computed once: rounding may differ between hosts, and which checkpoint is best has to be one decision.
         self.scores = hosts.share("scores", None if hosts.index() else self.observe(step, features, labels))
-        self._note(step, self.scores)
+        self.best.note(step, self.scores)
         self.meter.leave_out(time.perf_counter() - began)
         logs.say("  ".join([f"step {step}"] + [f"{name} {value:.3f}" for name, value in self.scores.items()]))
         return self.scores
 
-    def _note(self, step: int, scores: dict) -> None:
-        value = scores.get(self.config.keep_best)
-        if value is None:
-            return
-        self.since += 1
-        if value > self.best:
-            self.best, self.best_step, self.since = value, step, 0
-
     def metrics_of(self, step: int) -> dict | None:
         """What a checkpoint of this step is judged by."""
-        return dict(self.scores) if self.scores and step == self.best_step else None
+        return dict(self.scores) if self.scores and step == self.best.step else None
 
 
 def standardized(films: Array, config) -> Array:

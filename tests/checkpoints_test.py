@@ -110,6 +110,41 @@ def test_the_best_by_a_metric_is_kept_beside_the_newest(tmp_path):
         saved.save(step, {"teacher": {"w": jnp.float32(step)}}, metrics)
     saved.close()
     assert _saved(tmp_path) == [2, 5]
+    again = checkpoints.Checkpoints(tmp_path, keep=1, best="probe_auprc")
+    assert again.newest_sound() == 5 == again.latest()
+    for step in (6, 7):
+        again.save(step, {"teacher": {"w": jnp.float32(step)}})
+    again.close()
+    assert _saved(tmp_path) == [2, 7], "a restart does not forget which one is the best"
+    better = checkpoints.Checkpoints(tmp_path, keep=1, best="probe_auprc")
+    better.save(8, {"teacher": {"w": jnp.float32(8)}}, {"probe_auprc": 0.6})
+    better.save(9, {"teacher": {"w": jnp.float32(9)}})
+    better.close()
+    assert _saved(tmp_path) == [8, 9]
+
+
+def test_of_another_metric_than_before_the_best_is_chosen_anew(tmp_path):
+    """As after --force with another keep_best."""
+    saved = checkpoints.Checkpoints(tmp_path, keep=1, best="probe_auprc")
+    saved.save(1, {"teacher": {"w": jnp.float32(1)}}, {"probe_auprc": 0.9})
+    saved.close()
+    again = checkpoints.Checkpoints(tmp_path, keep=1, best="probe_auroc")
+    for step, metrics in [(2, {"probe_auroc": 0.1}), (3, None)]:
+        again.save(step, {"teacher": {"w": jnp.float32(step)}}, metrics)
+    again.close()
+    assert _saved(tmp_path) == [2, 3]
+
+
+def test_a_damaged_score_is_a_damaged_checkpoint(tmp_path, capsys):
+    saved = checkpoints.Checkpoints(tmp_path, best="probe_auprc")
+    for step in (1, 2):
+        saved.save(step, {"teacher": {"w": jnp.float32(step)}}, {"probe_auprc": step / 10})
+    saved.close()
+    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_bytes(b"{\xff")
+    again = checkpoints.Checkpoints(tmp_path, best="probe_auprc")
+    assert again.newest_sound() == 1 == again.latest()
+    assert "metrics/metrics has other bytes" in capsys.readouterr().err
+    again.close()
 
 
 def test_load_arrays_reads_one_item_of_the_newest_or_of_a_given_step_as_numpy(tmp_path):

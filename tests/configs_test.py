@@ -382,6 +382,13 @@ IMPOSSIBLE = [  # (arguments, devices, hosts, words of the one complaint)
     ("masks.ratio=(0.5,0.1)", 1, 1, r"masks.ratio=\(0.5, 0.1\) must be an interval"),
     ("masks.probability=0.0", 1, 1, "no patch is ever masked .*set loss.ibot=0 as well"),
     ("keep_best=probe_auprc,eval_every=0", 1, 1, "keep_best needs online evaluation: set eval_every"),
+    ("group_size=0,accumulate=2,masks.probability=0.0,loss.ibot=0.0", 1, 1, "not divided by group_size=0"),
+    ("koleo_group=0,accumulate=2", 1, 1, "not divided by koleo_group=0: use a divisor"),
+    ("model.patch_size=0", 1, 1, "model.patch_size=0 must be at least 1"),
+    ("mesh.fsdp=0", 4, 1, "mesh.fsdp=0 does not divide 4 devices"),
+    ("views.crop_scale_mode=sidee", 1, 1, "views: crop_scale_mode is 'sidee', not 'side' or 'area'"),
+    ("views.local_scale=(0.5,0.2)", 1, 1, r"views: local_scale is \(0.5, 0.2\), not an interval"),
+    ("views.blur_sigma=(0.1,)", 1, 1, "views: "),
     ("stop_after=3", 1, 1, "stop_after needs a metric: set keep_best"),
 ]
 

@@ -3,9 +3,11 @@
 What takes several processes, kills, full disks or minutes is in faults_of_processes_test.py.
 """
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,9 +165,26 @@ def test_each_changed_bit_of_any_file_of_a_checkpoint_is_seen_and_named(copied):
 def test_a_run_without_a_sound_checkpoint_does_not_begin_anew_by_itself(copied):
     for step in (4, 6):
         truncate(copied / "checkpoints" / str(step))
-    with pytest.raises(checkpoints.CheckpointError, match="every checkpoint.*--workdir"):
-        start(copied)
-    assert saved(copied) == [0]
+    before = (copied / "metrics.jsonl").read_text()
+    for _ in range(2):  # what starts it may try again
+        with pytest.raises(checkpoints.CheckpointError, match="every checkpoint.*step 6.*step 4.*--workdir"):
+            start(copied)
+    assert saved(copied) == [0, 4, 6] and not (copied / "damaged").exists()
+    assert (copied / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("steps", [[0, 4, 6], [4, 6], [0]])
+def test_where_no_checkpoint_at_all_is_sound_none_is_moved(copied, steps):
+    for step in saved(copied):
+        truncate(copied / "checkpoints" / str(step))
+        if step not in steps:
+            shutil.rmtree(copied / "checkpoints" / str(step))
+    store = checkpoints.Checkpoints(copied)
+    for _ in range(2):
+        with pytest.raises(checkpoints.CheckpointError, match="every checkpoint.*--workdir"):
+            store.newest_sound()
+    store.close()
+    assert saved(copied) == steps
 
 
 # --- folders that cannot be written ----------------------------------------------------------------------------------
@@ -306,6 +325,52 @@ def test_a_start_that_computed_nothing_does_not_claim_the_workdir(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(starts.WorkdirError, match="0.5 -> 0.1"):
         here.settle(config("--config.optim.base_lr=0.1"), train.config_differences)
+
+
+def test_what_another_config_came_to_is_moved_aside_where_a_start_is_forced(tmp_path, capsys):
+    def settle(*more: str, force: bool = False) -> list[str]:
+        capsys.readouterr()
+        starts.Workdir(tmp_path).settle(config(*more), train.config_differences, force)
+        return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.json*") if p.name != "config.json")
+
+    settle()
+    (tmp_path / "films_4_seed_0").mkdir()
+    ends = ["results.json", "rows.json", "reports.jsonl", "reports.part.jsonl", "films_4_seed_0/rows.json"]
+    for name in (*ends, "metrics.jsonl"):
+        (tmp_path / name).write_text(name)
+    assert settle("--config.log_every=2", force=True) == sorted((*ends, "metrics.jsonl")), "nothing that matters"
+    with pytest.raises(starts.WorkdirError):
+        settle("--config.seed=1")
+    moved = [
+        "films_4_seed_0/rows-1.json", "metrics.jsonl", "reports-1.jsonl", "reports.part-1.jsonl", "results-1.json",
+        "rows-1.json",
+    ]  # fmt: skip
+    assert settle("--config.seed=1", force=True) == moved
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'results.json'} is of the config before: it is now results-1.json" in said
+    assert (tmp_path / "results-1.json").read_text() == "results.json"
+    (tmp_path / "results.json").write_text("newer")
+    assert settle("--config.seed=2", force=True) == sorted((*moved, "results-2.json"))
+    assert (tmp_path / "results-2.json").read_text() == "newer" != (tmp_path / "results-1.json").read_text()
+
+
+def test_a_workdir_is_advised_for_where_it_may_be_the_cause_and_else_the_file_is_named():
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        assert "make room" in starts.remedy(OSError(number, "full"))
+    for number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        assert "give a --workdir" in starts.remedy(OSError(number, "refused", "/a/b"))
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/film.png")
+    for error in (missing, OSError(errno.EIO, "Input/output error"), TimeoutError(), OSError("broken")):
+        said = starts.remedy(error)
+        assert said and "workdir" not in said and "checkpoint" not in said
+    assert "/a/film.png" in starts.remedy(missing)
+
+
+def test_a_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(starts.WorkdirError, match="give a --workdir that can be written"):
+            starts.Workdir(path).enter()
 
 
 def test_every_start_is_recorded_with_what_ran_where(copied):

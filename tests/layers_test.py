@@ -20,9 +20,11 @@ EVALS = {"encoders", "models", "augment", "losses", "data", *PLUMBING}
 MAY_IMPORT = {
     "train": {"objective", "augment", "masking", "models", "encoders", "conversion", "data", "watch", *PLUMBING},
     "watch": {"diagnostics", "augment", "models", "data", *PLUMBING},
-    "bench": {"train", "augment", "masking", "rival", "conversion", "encoders", "data", *PLUMBING},
+    "bench": {"train", "starts", "augment", "masking", "rival", "conversion", "encoders", "data", *PLUMBING},
     "rival": set(),
-    "plan": {"train", "encoders", "conversion", "data", "evals.tune", "evals.patches", "evals.writer", *PLUMBING},
+    "plan": {
+        "train", "starts", "encoders", "conversion", "data", "evals.tune", "evals.patches", "evals.writer", *PLUMBING,
+    },
     "embed": {"encoders", "evals.features", "data"},
     "prepare": {"data"},
     "convert": {"conversion", "encoders", "checkpoints"},

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +24,18 @@ def test_the_row_of_a_config_on_the_devices_at_hand():
     assert row["fits"] is None and row["peak_hbm_gib"] > 0 and row["flops_per_step"] > 0
     assert row["collectives"]["all-reduce"]["count"] > 0 and "all-reduce" in text
     assert {"topology", "image_size", "prototypes", "parameters"} <= json.loads(json.dumps(row)).keys()
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])
+def test_a_step_in_float32_multiplies_in_float32_wherever_it_runs(dtype, exact):
+    """Products of float32 numbers ask for it; those of half precision take what is fast."""
+    config = common.apply(quickstart.get_config(), f"{TINY},compute_dtype={dtype}", {})
+    text = plan.lower(config, jax.devices()[:1])[0].as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    wide = [line for line in products if re.search(r"\(tensor<\S*xf32>, tensor<\S*xf32>\)", line)]
+    assert len(products) > 40 and (len(wide) == len(products)) == exact
+    assert not exact or all("HIGHEST" in line for line in wide)
+    assert exact or not any("HIGHEST" in line for line in products if line not in wide)
 
 
 SMALL = (

@@ -5,9 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import common, quickstart
-from raddino_jax import checkpoints, logs, train
+from raddino_jax import checkpoints, encoders, logs, starts, train
 from raddino_jax import params as trees
 
 TINY = (
@@ -23,7 +24,7 @@ def config(more=""):
 
 
 def run(workdir, scores=None, more=""):
-    """A run whose online evaluation says `scores` in turn."""
+    """A run, or the next start of one, whose online evaluation says `scores` in turn."""
     workdir.mkdir(exist_ok=True)
     settings = config(more)
     (workdir / "config.json").write_text(settings.to_json())
@@ -40,6 +41,8 @@ def steps_kept(workdir):
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     run(tmp_path / "a", [0.1, 0.9, 0.2, 0.3], "keep_best=probe_auprc")
     assert steps_kept(tmp_path / "a") == [0, 2, 4]
+    run(tmp_path / "a", [0.8, 0.3], "keep_best=probe_auprc,steps=6")
+    assert steps_kept(tmp_path / "a") == [0, 2, 6], "a later start keeps it too"
     run(tmp_path / "b", [0.1, 0.9, 0.2, 0.3])
     assert steps_kept(tmp_path / "b") == [0, 4]
 
@@ -47,6 +50,32 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
 def test_a_run_without_gain_ends_early_with_a_checkpoint(tmp_path):
     steps = run(tmp_path, [0.5, 0.4, 0.4, 0.9, 0.9, 0.9], "keep_best=probe_auprc,stop_after=2,steps=6")
     assert steps == [1, 2, 3] and steps_kept(tmp_path)[-1] == 3
+
+
+def test_a_run_that_ended_without_gain_is_finished_until_it_is_given_more_patience(tmp_path, capsys):
+    scores, fields = [0.5, 0.4, 0.4], "keep_best=probe_auprc,steps=6,stop_after="
+    run(tmp_path, scores, f"{fields}2")
+    kept = steps_kept(tmp_path)
+    capsys.readouterr()
+    for _ in range(2):
+        assert run(tmp_path, [0.4], f"{fields}2") == [1, 2, 3] and steps_kept(tmp_path) == kept == [0, 1, 3]
+        out, said = capsys.readouterr()
+        assert "is finished at step 3: probe_auprc has not improved since step 1" in said
+        assert json.loads(out.splitlines()[-1])["step"] == 3
+    assert run(tmp_path, [0.4, 0.4, 0.4], f"{fields}3") == [1, 2, 3, 4] and steps_kept(tmp_path) == [0, 1, 4]
+
+
+@pytest.mark.parametrize("more", ["keep_best=probe_auprc", "keep_best=probe_auprc,stop_after=2"])
+def test_the_best_of_films_without_labels_is_refused_before_anything_is_computed(tmp_path, more):
+    films = tmp_path / "films"
+    films.mkdir()
+    for i in range(16):
+        Image.fromarray(np.full((40, 40), i, np.uint8)).save(films / f"{i}.png")
+    with pytest.raises(train.ConfigError, match="keep_best=.*no labels.*eval.csv"):
+        run(tmp_path / "run", [0.5], f"data.sources=('folder:{films}',),{more}")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "parameters.txt").exists()
+    here = starts.Workdir(tmp_path / "run")
+    here.settle(config(), train.config_differences)  # a start that computed nothing does not claim the workdir
 
 
 def test_a_run_continues_from_the_weights_of_another(tmp_path):
@@ -71,9 +100,12 @@ def test_position_embeddings_follow_the_resolution(tmp_path):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     run(tmp_path / "first")
-    with pytest.raises(ValueError, match="does not fit this model"):
-        run(tmp_path / "second", more=f"init={tmp_path / 'first'},model.width=48,model.heads=4")
-    assert not (tmp_path / "second" / "metrics.jsonl").exists()
+    for more in ("model.width=48,model.heads=4", f"head.hidden=16,init_head={tmp_path / 'first'}"):
+        with pytest.raises(encoders.WeightsError, match="does not fit this model"):
+            run(tmp_path / "second", more=f"init={tmp_path / 'first'},{more}")
+        assert not (tmp_path / "second" / "metrics.jsonl").exists()
+    here = starts.Workdir(tmp_path / "second")
+    here.settle(config(), train.config_differences)  # with what fits the same workdir will do
 
 
 def test_without_mim_nothing_is_masked_and_the_term_is_zero(tmp_path):

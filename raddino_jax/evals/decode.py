@@ -20,6 +20,7 @@ from PIL import Image
 from raddino_jax import hosts, logs, loop, sharding
 from raddino_jax.evals import tune
 from raddino_jax.evals.picture import Picture, panels
+from raddino_jax.models.ops import products
 
 WHOLE, PART = "reports.jsonl", "reports.part.jsonl"
 FILMS, SHOWN, SIDE = "films", 8, 512  # folder of the films that a gallery shows, how many, pixels of their longer side
@@ -77,7 +78,7 @@ def answers(task, params: dict, batches: Iterator[Sequence[int]]) -> Iterator[li
 
     write = jax.jit(written, out_shardings=NamedSharding(mesh, P()))
     for _, shown in task.seen(batches):
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), products(config.decode_dtype):
             found = np.asarray(write(params, frozen, _rows(shown, mesh), *asked))
         yield [task.tokenizer.decode(row) for row in found]
 

@@ -27,8 +27,8 @@ def attention(q: Array, k: Array, v: Array, backend: str = "xla") -> Array:
 
     backend: "xla" all heads in one product, "cpu" the same for short sequences and head by head
     for long ones, "gpu" cuDNN, which takes half precision only and falls back to "xla" in float32, "tpu" splash
-    attention for long sequences, on every device its own crops, and "xla" for short ones, which padding would
-    make a third longer.
+    attention for long sequences in half precision, on every device its own crops, and "xla" in float32 and for short
+    ones, which padding would make a third longer.
     """
     return BACKENDS[backend](q, k, v)
 
@@ -102,7 +102,7 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
 
 
 def _tpu(q: Array, k: Array, v: Array) -> Array:
-    if q.shape[1] < LONG:
+    if q.shape[1] < LONG or q.dtype == jnp.float32:  # whose tiles would not fit into a core's fast memory
         return _xla(q, k, v)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

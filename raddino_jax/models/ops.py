@@ -6,6 +6,7 @@ every backend the weights' gradient is accumulated and returned in float32, what
 Parameters are named and shaped as in flax's Dense and LayerNorm.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -19,6 +20,15 @@ Array = jax.Array
 EPS = 1e-6  # of DINOv2's LayerNorm
 STD = 0.02  # of its initial kernels
 LINEAR = "linear"  # how remat policies know the outputs of Dense: they do not look inside a custom gradient
+
+
+def products(dtype) -> contextlib.AbstractContextManager:
+    """Inside, what computes in float32 multiplies in it; left alone, TPUs would in bfloat16 and GPUs in TF32.
+
+    dtype: of the computation; half precision stays as it is. To be entered where a function is traced.
+    """
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
 class Dense(nn.Module):
