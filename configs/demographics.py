@@ -43,7 +43,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         features_dir="~/.cache/raddino_jax/features",  # where features are kept
         # Of a folder: its table.
         csv="", file_column="file", patient_column="patient_id", where="",
-        data=dict(sources=("mimic_iv",), weights=(), data_dir="", image_size=518, synthetic_size=400),
+        data=dict(sources=("mimic_iv",), data_dir="", image_size=518, synthetic_size=400),
     ))  # fmt: skip
     return common.apply(config, arguments, PRESETS)
 

@@ -84,6 +84,46 @@ def test_two_folders_need_no_table(tree):
     np.testing.assert_array_equal(found.load(2)[1][0], two_lungs() > 0)
 
 
+def in_folders(root, *names):
+    """The source of films and masks, each of a level of its own, 10, 20, ... in the order of their names."""
+    for level, name in enumerate(names, start=1):
+        save(root / name, np.full((8, 8), 10 * level))
+    return cases.open_cases(config(data__images=str(root / "images"), data__masks=str(root / "masks")))
+
+
+def test_films_in_subfolders_have_the_masks_of_their_own_subfolder(tmp_path):
+    found = in_folders(tmp_path, "images/p1/film.png", "images/p2/film.png", "masks/p1/film.png")
+    assert [(case.id, case.patient) for case in found.cases] == [("p1/film.png", "p1/film")]
+    assert (found.load(0)[0] == 10).all()
+    found = in_folders(tmp_path, "images/p1/film.png", "images/p2/film.png", "masks/p1/film.png", "masks/p2/film.png")
+    assert [case.patient for case in found.cases] == ["p1/film", "p2/film"] and (found.load(1)[0] == 20).all()
+
+
+def test_a_mask_that_lies_elsewhere_is_found_by_a_name_that_nothing_else_has(tmp_path):
+    found = in_folders(tmp_path, "images/p1/a.png", "images/p1/b.png", "masks/all/a.png", "masks/b.tif")
+    assert [case.id for case in found.cases] == ["p1/a.png", "p1/b.png"] and (found.load(1)[0] == 20).all()
+
+
+@pytest.mark.parametrize("names, both", [
+    (("images/p1/film.png", "images/p2/film.png", "masks/film.png"), "p1/film.png and .*p2/film.png"),
+    (("images/film.png", "masks/p1/film.png", "masks/p2/film.png"), "p1/film.png and .*p2/film.png"),
+    (("images/a.png", "images/a.bmp", "masks/a.png"), "a.bmp and .*a.png"),
+])  # fmt: skip
+def test_films_and_masks_that_cannot_be_told_apart_by_name_are_refused(names, both, tmp_path):
+    with pytest.raises(CaseError, match=both):
+        in_folders(tmp_path, *names)
+
+
+def test_hidden_files_are_neither_films_nor_masks_and_numbers_are_no_suffix(tmp_path):
+    for name in ("images/._a.png", "images/.DS_Store", "images/.old/a.png", "masks/.old/a.png", "masks/._a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"nothing")
+    save(tmp_path / "images" / "1.2.840.png", np.zeros((8, 8)))
+    (tmp_path / "images" / "1.2.840.png").rename(tmp_path / "images" / "1.2.840")
+    found = in_folders(tmp_path, "images/a.png", "masks/a.png", "masks/1.2.840.png", "masks/1.2.841.png")
+    assert [case.id for case in found.cases] == ["1.2.840", "a.png"]
+
+
 @pytest.mark.parametrize("values, expected", [(np.zeros((40, 50)), 0), (np.full((40, 50), 127), 1)])
 def test_masks_may_be_empty_or_full(tree, values, expected):
     save(tree / "masks" / "a.png", values)

@@ -65,6 +65,11 @@ def test_a_target_with_one_class_is_refused():
         demographics.classes_of("sex", people, config_of())
 
 
+def test_weights_of_several_sets_are_not_offered_where_one_is_read():
+    with pytest.raises(ValueError, match="weights"):
+        config_of("data.weights=(1.0,)")
+
+
 # --- folds ----------------------------------------------------------------------------------------------------
 
 

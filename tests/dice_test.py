@@ -1,5 +1,7 @@
 """Dice and the loss against MONAI, PyTorch and plain numpy; empty, full and ignored masks."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,4 +126,14 @@ def test_the_interval_draws_patients():
     assert few["interval"] == pytest.approx([0.2, 0.8])
     half = 1.96 * np.std(values) / 40**0.5
     assert many["interval"] == pytest.approx([0.5 - half, 0.5 + half], abs=0.02)
-    assert dice.summary(np.array([np.nan]), ["a"])["n"] == 0
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([np.nan, np.nan], {"value": None, "std": None, "n": 0, "interval": None}),
+    ([np.nan, 0.5], {"value": 0.5, "std": None, "n": 1, "interval": [0.5, 0.5]}),
+])  # fmt: skip
+def test_what_few_films_cannot_say_is_null(values, expected):
+    """JSON has no NaN: a file with it can be read by few."""
+    found = dice.summary(np.array(values), ["a", "b"])
+    assert found == expected
+    json.dumps(found, allow_nan=False)

@@ -263,9 +263,9 @@ def test_outlines_are_the_rims_of_the_masks():
 def test_the_segmented_films_of_a_run_with_their_dice(tmp_path):
     film, predicted = np.full((20, 30), 9, np.uint8), np.ones((1, 20, 30), bool)
     for i in range(3):
-        overlays.save(tmp_path / "overlays" / f"film{i}.png", film, predicted)
-    lines = ["id,patient,encoder,structure,dice", "film0.png,p,teacher,left,0.5", "film0.png,p,teacher,right,0.7",
-             "film0.png,p,mean mask,left,0.1", "film1.png,p,teacher,left,"]
+        overlays.save(tmp_path / "overlays" / f"p{i}" / "film.png", film, predicted)
+    lines = ["id,patient,encoder,structure,dice", "p0/film.png,p,teacher,left,0.5", "p0/film.png,p,teacher,right,0.7",
+             "p0/film.png,p,mean mask,left,0.1", "p1/film.png,p,teacher,left,"]
     (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
     one = overlays.gallery(tmp_path)
     assert [axis.get_title() for axis in one.figure.axes] == ["film 1   Dice 0.60", "film 2", "film 3"]
@@ -273,7 +273,7 @@ def test_the_segmented_films_of_a_run_with_their_dice(tmp_path):
         dict(film=1, structure="left", dice=0.5), dict(film=1, structure="right", dice=0.7),
         dict(film=2, structure="left", dice=None),
     ]
-    assert Image.open(tmp_path / "overlays" / "film0.png").size == (30, 20)
+    assert Image.open(tmp_path / "overlays" / "p0" / "film.png").size == (30, 20)
     assert overlays.gallery(tmp_path / "none") is None
 
 

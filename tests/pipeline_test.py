@@ -202,6 +202,23 @@ def test_a_folder_is_read_with_all_below_it_in_the_order_of_paths(tmp_path):
     np.testing.assert_allclose(levels, [50, 100, 0, 150], atol=1)
 
 
+def test_what_a_folder_holds_beside_its_films_is_no_film(tmp_path):
+    """Hidden files and folders, and files without a suffix that do not begin like an image."""
+    _save(tmp_path / "a.png")
+    _save(tmp_path / "b" / "film.png")
+    (tmp_path / "b" / "film.png").rename(tmp_path / "b" / "film")
+    _save(tmp_path / ".old" / "c.png")
+    for name in [".DS_Store", "._a.png", "b/._film", "README", "b/Makefile"]:
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07 no film")
+    files = pipeline.Folder(str(tmp_path), 12).files
+    assert [p.relative_to(tmp_path).as_posix() for p in files] == ["a.png", "b/film"]
+
+
+def test_a_folder_may_lie_in_a_hidden_one(tmp_path):
+    _save(tmp_path / ".cache" / "films" / "a.png")
+    assert len(pipeline.Folder(str(tmp_path / ".cache" / "films"), 12)) == 1
+
+
 @pytest.mark.parametrize("shape, expected", [((30, 24), (15, 12)), ((24, 50), (12, 25)), ((6, 8), (12, 16))])
 def test_a_film_of_a_folder_has_its_short_side_resized(tmp_path, shape, expected):
     _save(tmp_path / "film.png", shape)

@@ -1,6 +1,7 @@
 """The probe against scikit-learn and closed forms, its splits, and the table of labels."""
 
 import csv
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,6 +61,34 @@ def test_vote_finds_the_twin():
     assert votes.shape == (test.sum(), 3) and ((0 <= votes) & (votes <= 1)).all()
     ranked = scores.per_class("auprc", labels.values[test], votes)
     assert ranked[0] > ranked[2]
+
+
+def test_votes_in_blocks_are_those_of_one_sort_of_all_distances(monkeypatch):
+    """Films that lie equally far come in the order of the table."""
+    monkeypatch.setattr(probe, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+    x = rng.integers(-1, 2, (300, 3)).astype(np.float32)  # 27 different films
+    values = np.where(rng.random((300, 2)) < 0.2, np.nan, rng.random((300, 2)) < 0.5)
+    train = rng.random(300) < 0.6
+    z = StandardScaler().fit(x[train]).transform(x)
+    z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    blocks = np.concatenate([part @ z[train].T for part in np.split(z[~train], range(7, (~train).sum(), 7))])
+    near = np.argsort(-blocks, axis=1, kind="stable")[:, : probe.NEIGHBOURS]
+    expected = np.nan_to_num(np.nanmean(values[train][near], axis=1))
+    np.testing.assert_allclose(probe.vote(x, values, train, ~train), expected)
+    few = np.arange(300) < 9  # fewer films than neighbours
+    np.testing.assert_allclose(probe.vote(x, values, few, ~few)[5], np.nanmean(values[few], axis=0))
+
+
+def test_a_vote_never_holds_all_distances(monkeypatch):
+    monkeypatch.setattr(probe, "BLOCK", 50)
+    x, labels = labelled(n=4000, width=3)
+    train = np.arange(4000) < 2000
+    tracemalloc.start()
+    probe.vote(x, labels.values, train, ~train)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2000 * 2000 * x.itemsize / 2
 
 
 def test_scores_order_the_classes_and_leave_out_the_undefined():

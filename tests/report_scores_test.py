@@ -26,8 +26,12 @@ REFERENCES, CANDIDATES = (list(texts) for texts in zip(*PAIRS.values(), strict=T
 
 
 def value(rows, metric, name="macro", stratum="", field="whole"):
+    return row_of(rows, metric, name, stratum)[field]
+
+
+def row_of(rows, metric, name="macro", stratum=""):
     (row,) = [r for r in rows if (r["metric"], r["class"], r["stratum"]) == (metric, name, stratum)]
-    return row[field]
+    return row
 
 
 @pytest.mark.parametrize("kind", [*PAIRS, "all"])
@@ -102,7 +106,22 @@ def test_strata_are_scored_apart_and_the_worst_is_named():
     assert value(rows, "rouge_l", stratum="sex: worst", field="worst") == "sex=b"
     assert value(rows, "rouge_l", stratum="sex: worst") == value(rows, "rouge_l", stratum="sex=b")
     assert all(row["dataset"] == "x" and row["data"] == "synthetic" for row in rows)
+    everyone, worst = row_of(rows, "rouge_l"), row_of(rows, "rouge_l", stratum="sex: worst")
+    assert row_of(rows, "rouge_l", stratum="sex: all") == everyone | {"stratum": "sex: all"}
+    assert worst["gap"] == abs(everyone["value"] - worst["value"]) > 0
     json.dumps(rows)
+
+
+def test_a_group_of_one_report_is_listed_but_not_the_worst():
+    rouge_l = {"rouge_l": report_scores.METRICS["rouge_l"]}
+    references, candidates = ["clear lungs"] * 5, ["clear lungs", "clear heart", "clear lungs", "lungs", "no"]
+    strata = {"sex": ["a", "a", "b", "b", "c"], "ward": list("xyzuv")}
+    rows = report_scores.score(references, candidates, strata=strata, resamples=30, metrics=rouge_l)
+    assert value(rows, "rouge_l", stratum="sex=c") == 0
+    assert value(rows, "rouge_l", stratum="sex: worst", field="worst") in ("sex=a", "sex=b")
+    assert "ward: worst" not in {row["stratum"] for row in rows}
+    rows = report_scores.score(references, candidates, strata=strata, resamples=30, metrics=rouge_l, smallest=1)
+    assert value(rows, "rouge_l", stratum="sex: worst", field="worst") == "sex=c"
 
 
 @pytest.mark.parametrize(

@@ -499,7 +499,7 @@ def test_strata_are_scored_apart(done, tmp_path):
     )  # fmt: skip
     rows = start(given, tmp_path / "run")
     strata = {row["stratum"] for row in rows if row["metric"] == "rouge_l"}
-    assert strata == {"", "sex=F", "sex=M", "sex: worst"}
+    assert strata == {"", "sex=F", "sex=M", "sex: all", "sex: worst"}
     line = decode.read(tmp_path / "run")[0]
     known = {pair.id: pair.facts["sex"] for pair in task_of(given, tmp_path).source.pairs}
     assert line["sex"] == known[line["id"]]

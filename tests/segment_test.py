@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import predict as predict_config
+from configs import probe as probe_config
 from configs import segment as segment_config
 from raddino_jax import encoders, logs
 from raddino_jax.conversion.huggingface import Preprocess
 from raddino_jax.data.cases import CaseError
-from raddino_jax.evals import dice, fit, heads, predict, segment
+from raddino_jax.evals import dice, fast, features, fit, heads, maps, patches, predict, segment, splits, varied
+from raddino_jax.models import attention
 from raddino_jax.models.clip import CLIPViT, Projected
 from raddino_jax.models.resnet import BioViLT
 from raddino_jax.models.vit import ViT
@@ -61,7 +64,7 @@ def start(given, workdir):
     logs.write_whole(workdir / "config.json", given.to_json())
     segment.run(given, workdir)
     path = workdir / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(), parse_constant=pytest.fail) if path.exists() else None  # NaN is no JSON
 
 
 # --- the encoder's layers -----------------------------------------------------------------------------------
@@ -71,7 +74,7 @@ def start(given, workdir):
 def test_layers_are_the_blocks_under_the_final_norm(network):
     one = encoder(network)
     batch = one.preprocess([np.arange(48 * 40, dtype=np.uint32).reshape(48, 40).astype(np.uint8)])
-    found, stages = np.asarray(one.layers(batch)), one.stages(batch)
+    found, stages = np.asarray(one.compiled(one.maps)(one.params, batch)), one.stages(batch)
     blocks = (2, 5, 8, 11) if network.depth == 12 else (0, 0, 1, 1)
     for k, i in enumerate(blocks):
         tokens = np.asarray(stages[f"blocks_{i}"])[0, 1 + network.registers :]
@@ -79,7 +82,8 @@ def test_layers_are_the_blocks_under_the_final_norm(network):
         expected = centred / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)  # fresh norms have scale 1 and bias 0
         np.testing.assert_allclose(found[0, k].reshape(16, -1), expected, atol=1e-4)
     np.testing.assert_allclose(found[:, -1], one(batch)["patches"], atol=1e-5)
-    np.testing.assert_array_equal(one.layers(batch, 1)[:, 0], one(batch)["patches"])
+    last = one.compiled(one.maps, static_argnums=2)(one.params, batch, 1)
+    np.testing.assert_allclose(last[:, 0], one(batch)["patches"], atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [vit(depth=3, registers=2), CLIPViT(16, 3, 2, patch_size=8, image_size=SIZE)])
@@ -98,17 +102,63 @@ def test_a_block_counted_from_the_end(network):
             one.block(one.params, batch, place)
 
 
+def _patches_for_a_writer(one, films, folder):
+    pairs = SimpleNamespace(film=lambda place: films[place])
+    patches.Eye(one, -1).kept(pairs, np.arange(3), str(folder), batch=2, threads=1)
+
+
+def _probed_with_variation(one, films, folder):
+    given = probe_config.get_config("fast,dataset=synthetic")
+    given.update(features_dir=str(folder))
+    source = features.Films(SimpleNamespace(film=lambda place: films[place]), np.arange(8))
+    cut, y = [splits.Split(np.arange(8), np.arange(0), np.arange(0))], np.arange(8.0)[:, None] % 2
+    varied.fit(source, y, cut, one, np.zeros((8, 16)), given, fast.Recipe(lrs=(1e-2,), epochs=1, batch_size=8))
+
+
+def _head(one):
+    head = heads.Head(heads.DECODERS["linear"](1), one.settings, one)
+    return head, head.init(jax.random.key(0))
+
+
+READERS = {
+    "the encoder itself": lambda one, films, _: one(one.preprocess(films)),
+    "masks of films": lambda one, films, _: segment.predictor(
+        *_head(one), fit.Films(np.stack(films), None), batch_size=8)(np.arange(3)),
+    "masks of one film": lambda one, films, _: segment.compiled(*_head(one))(films[0][None]),
+    "features once": lambda one, films, _: segment._features(_head(one)[0], np.stack(films), config("head=linear")),
+    "patches for a writer": _patches_for_a_writer,
+    "attention maps": lambda one, films, _: maps.attention_maps(one, films),
+    "a probe with variation": _probed_with_variation,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_attention_has_the_mesh_in_sight_and_multiplies_in_float32(name, monkeypatch, tmp_path):
+    """Without the mesh a TPU's kernel cannot be split over devices, and several chips compile nothing."""
+    one, seen = encoder(), []
+
+    def spy(q, k, v):
+        seen.append((jax.sharding.get_abstract_mesh().size, jax.config.jax_default_matmul_precision))
+        return attention.BACKENDS["xla"](q, k, v)
+
+    monkeypatch.setitem(attention.BACKENDS, jax.default_backend(), spy)
+    monkeypatch.setattr(features, "kept", lambda about, films, folder, compute: np.concatenate(list(compute(films))))
+    READERS[name](one, list(np.zeros((8, SIZE, SIZE), np.uint8)), tmp_path)
+    assert seen and set(seen) == {(jax.device_count(), "highest")}
+
+
 def test_layers_of_other_networks():
     clip = encoder(CLIPViT(16, 4, 2, patch_size=8, image_size=SIZE))
     joined = encoder(Projected(vit(), 8))
     for one in (clip, joined):
         batch = one.preprocess([np.eye(40, dtype=np.uint8) * 200])
-        assert one.layers(batch).shape == (1, 4, 4, 4, 16)
-        np.testing.assert_allclose(one.layers(batch)[:, -1], one(batch)["patches"], atol=1e-5)
+        found = one.compiled(one.maps)(one.params, batch)
+        assert found.shape == (1, 4, 4, 4, 16)
+        np.testing.assert_allclose(found[:, -1], one(batch)["patches"], atol=1e-5)
     settings = Preprocess(64, 64, (0.5,), (0.25,))
     resnet = encoder(BioViLT((1, 1, 1, 1), 4, image_size=64), settings=settings, feature="patch_mean")
     with pytest.raises(ValueError, match="has no blocks, of which 4 could be read"):
-        resnet.layers(np.zeros((1, 64, 64, 1), np.float32))
+        resnet.maps(resnet.params, np.zeros((1, 64, 64, 1), np.float32))
 
 
 # --- heads --------------------------------------------------------------------------------------------------
@@ -314,6 +364,59 @@ def test_films_are_flipped_only_where_structures_have_no_sides():
         assert segment.Task.open(config(structures=structures)).config.deformation.flip == 0.0
     assert all(map(segment.SIDED.search, ("R1", "L10", "right upper lung zone")))
     assert not any(map(segment.SIDED.search, ("lungs", "pneumothorax", "chest tube", "Rib", "copyright")))
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """Predictions of films in a folder, by a head without training."""
+    given, workdir = config(), tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(given.to_json())
+    (workdir / "structures.json").write_text(json.dumps({"right lung": 1, "left lung": 2}))
+    variables = heads.build(given, 2).init(jax.random.key(0))
+    monkeypatch.setattr(predict, "load", lambda part: variables)
+    rng = np.random.default_rng(0)
+
+    def films(*names):
+        for name in names:
+            (tmp_path / "films" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 36), np.uint8)).save(tmp_path / "films" / name)
+
+    def run(**fields):
+        asked = predict_config.get_config()
+        asked.update({"images": str(tmp_path / "films"), "out": str(tmp_path / "out")} | fields)
+        predict.run(asked, workdir)
+        masks = (tmp_path / "out" / "masks").rglob("*.png")
+        return sorted(path.relative_to(tmp_path / "out" / "masks").as_posix() for path in masks)
+
+    return SimpleNamespace(films=films, run=run)
+
+
+def test_predictions_keep_the_folders_of_their_films(untrained, tmp_path):
+    untrained.films("a/b.png", "a-b.png", "x.png")
+    (tmp_path / "films" / "a" / 'one, "two".png').write_text("<html>")
+    assert untrained.run() == ["a-b.png", "a/b.png", "x.png"]
+    assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) == 3
+    with (tmp_path / "out" / "rejects.csv").open(newline="") as file:
+        (reject,) = csv.DictReader(file)
+    assert reject["file"] == 'a/one, "two".png' and "HTML" in reject["reason"]
+    assert untrained.run(separate=True, out=str(tmp_path / "apart")) and sorted(
+        path.name for path in (tmp_path / "apart" / "masks" / "a").iterdir()
+    ) == ["b-left_lung.png", "b-right_lung.png"]
+
+
+def test_films_whose_masks_would_overwrite_each_other_are_refused(untrained, tmp_path):
+    untrained.films("p/x.png", "p/x.jpg", "x.png")
+    with pytest.raises(CaseError, match=r"p/x.jpg and p/x.png .*p/x.png"):
+        untrained.run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_need_a_folder(untrained, tmp_path, monkeypatch):
+    untrained.films("x.png")
+    monkeypatch.chdir(tmp_path / "films")  # an empty path is the working directory
+    with pytest.raises(CaseError, match="images is empty"):
+        untrained.run(images="")
 
 
 def test_predictions_need_a_run_of_this_task(tmp_path):

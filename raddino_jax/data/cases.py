@@ -11,7 +11,7 @@ the values that stand for them in a mask. What a mask may be otherwise:
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -176,9 +176,9 @@ def _features(folder: Path):
 class Pictures:
     """Films and masks as picture files: by a table, or two folders with the same names in them.
 
-    data: `config.data`. images, masks: folders. csv: a table with a column for the film, the mask, the patient, the
-    split and, where regions are to be left out, a mask of those; `where` "column=value" keeps rows. Films without a
-    mask are left out. Without a table every film is a patient of its own.
+    data: `config.data`. images, masks: folders, with the same ones in both or none. csv: a table with a column for the
+    film, the mask, the patient, the split and, where regions are to be left out, a mask of those; `where`
+    "column=value" keeps rows. Films without a mask are left out. Without a table every film is a patient of its own.
     """
 
     kind, name = "real", "folder"
@@ -257,16 +257,55 @@ def _fitted(values: np.ndarray, shape: tuple[int, int], path: Path) -> np.ndarra
 
 
 def _pairs(data) -> list[tuple[Case, tuple]]:
-    """Films and masks of the same name, whatever the suffix."""
+    """Films and masks of the same path in their folders, or else of a name that no other has; whatever the suffix."""
     films, masks = (_listed(folder, which) for folder, which in ((data.images, "images"), (data.masks, "masks")))
-    both = sorted(films.keys() & masks.keys())
-    return [(Case(films[name].name, name), (films[name], masks[name], None)) for name in both]
+    pairs = {path: path for path in films.keys() & masks.keys()}
+    film_names, mask_names = _by_name(films), _by_name(masks)
+    for path in sorted(films.keys() - masks.keys()):
+        name = path.rpartition("/")[2]
+        if films.keys() >= set(mask_names.get(name, ())):
+            continue  # a film without a mask: those of this name are of films in their own folders
+        for paths, files in ((film_names[name], films), (mask_names[name], masks)):
+            if len(paths) > 1:
+                raise _alike(files[paths[0]], files[paths[1]])
+        pairs[path] = mask_names[name][0]
+    return [
+        (Case(films[film].relative_to(data.images).as_posix(), film), (films[film], masks[mask], None))
+        for film, mask in sorted(pairs.items())
+    ]
 
 
 def _listed(folder: str, which: str) -> dict[str, Path]:
+    """Files by their path in the folder, without suffix."""
     if not folder or not Path(folder).is_dir():
         raise CaseError(f"config.data.{which}={folder!r} is no folder (or name a table with config.data.csv)")
-    return {path.stem: path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    found: dict[str, Path] = {}
+    for file in pipeline.visible(Path(folder)):
+        name = bare(file.relative_to(folder))
+        if name in found and images.is_candidate(file) and images.is_candidate(found[name]):
+            raise _alike(found[name], file)
+        if name not in found or images.is_candidate(file):
+            found[name] = file
+    return found
+
+
+def bare(path: Path) -> str:
+    """A path without its suffix; the last number of a DICOM identifier is none."""
+    return (path if path.suffix[1:].isdigit() else path.with_suffix("")).as_posix()
+
+
+def _by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        found.setdefault(path.rpartition("/")[2], []).append(path)
+    return found
+
+
+def _alike(one: Path, other: Path) -> CaseError:
+    return CaseError(
+        f"{one} and {other} have the same name: give films and masks the same folders in config.data.images and "
+        ".masks, or say in a table which belongs to which (config.data.csv)"
+    )
 
 
 def _rows(data) -> list[tuple[Case, tuple]]:

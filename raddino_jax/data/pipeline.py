@@ -16,7 +16,7 @@ from raddino_jax import masking
 from raddino_jax.data import images, labels, store, synthetic
 from raddino_jax.data.datasets import manifest
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".webp", ".bmp", ".dcm", ".dicom", ""}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".webp", ".bmp", ".dcm", ".dicom"}
 
 
 # What `prepare --dataset=` knows by name.
@@ -46,9 +46,9 @@ class Folder:
         self.root, self.image_size = Path(path), image_size
         if not self.root.is_dir():
             raise DataError(f"folder {path!r} is not there; a folder source is written 'folder:PATH'")
-        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.files = [path for path in visible(self.root) if _may_be_film(path)]
         if not self.files:
-            raise DataError(f"folder {path!r} holds no image files ({', '.join(sorted(SUFFIXES - {''}))})")
+            raise DataError(f"folder {path!r} holds no image files ({', '.join(sorted(SUFFIXES))})")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,6 +64,17 @@ class Folder:
         if not spec.csv:
             return None
         return labels.read_csv(spec.csv, self.files, spec.columns, spec.file_column, spec.patient_column, spec.where)
+
+
+def visible(root: Path) -> list[Path]:
+    """The files below a folder, sorted; those with a dot in front, or in such folders, are no one's films."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+
+
+def _may_be_film(path: Path) -> bool:
+    """By its suffix; without one, by how the file begins."""
+    return path.suffix.lower() in SUFFIXES or (not path.suffix and images.is_candidate(path))
 
 
 class Synthetic:

@@ -73,12 +73,15 @@ def within(values: np.ndarray) -> np.ndarray:
 
 
 def summary(values: np.ndarray, patients: Sequence[str], seed: int = 0) -> dict:
-    """{"value", "std", "n", "interval"} of one value per film, NaN left out; 95 % interval by drawing patients anew."""
+    """{"value", "std", "n", "interval"} of one value per film, NaN left out; 95 % interval by drawing patients anew.
+
+    None for what so few films do not have, as in `scores.row`.
+    """
     keep = ~np.isnan(values)
     values, patients = values[keep], np.asarray(patients)[keep]
     if not len(values):
-        return {"value": float("nan"), "std": float("nan"), "n": 0, "interval": [float("nan")] * 2}
-    std = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+        return {"value": None, "std": None, "n": 0, "interval": None}
+    std = float(values.std(ddof=1)) if len(values) > 1 else None
     return {"value": float(values.mean()), "std": std, "n": len(values), "interval": _interval(values, patients, seed)}
 
 

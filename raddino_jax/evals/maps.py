@@ -73,7 +73,8 @@ def attention_maps(encoder, films: Sequence[np.ndarray], layer: int = -1) -> np.
     if not -network.depth <= layer < network.depth:
         raise DataError(f"layer={layer}: expected a block from 0 to {network.depth - 1}, or from the end, -1 the last")
     shortened = network.clone(depth=layer % network.depth + 1)
-    weights = np.asarray(vit.attention_maps(shortened, params, encoder.preprocess(films)), np.float32)
+    compiled = encoder.compiled(lambda params, batch: vit.attention_maps(shortened, params, batch))
+    weights = np.asarray(compiled(params, encoder.preprocess(films)), np.float32)
     side = encoder.image_size // encoder.patch_size
     return weights[:, :, 0, 1 + network.registers :].reshape(len(films), -1, side, side)
 

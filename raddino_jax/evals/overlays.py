@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from raddino_jax.data import cases
 from raddino_jax.evals.picture import Picture, panels
 
 TRUTH, PREDICTED = (46, 232, 107), (255, 59, 48)
@@ -39,7 +40,8 @@ def save(path: Path, film: np.ndarray, predicted: np.ndarray, truth: np.ndarray 
 
 def gallery(workdir: Path) -> Picture | None:
     """The first films of overlays/ with their Dice of cases.csv; None where the run has drawn none."""
-    paths = sorted((workdir / "overlays").glob("*.png"))[:SHOWN]
+    folder = workdir / "overlays"
+    paths = sorted(folder.rglob("*.png"))[:SHOWN]
     if not paths:
         return None
     dice = _dice(workdir / "cases.csv")
@@ -49,7 +51,7 @@ def gallery(workdir: Path) -> Picture | None:
     for axis in axes.ravel():
         axis.axis("off")
     for number, (axis, path) in enumerate(zip(axes.flat, paths, strict=False), start=1):
-        scores = dice.get(path.stem, {})
+        scores = dice.get(path.relative_to(folder).with_suffix("").as_posix(), {})
         known = [score for score in scores.values() if score is not None]
         axis.imshow(Image.open(path))
         axis.set_title(f"film {number}" + (f"   Dice {np.mean(known):.2f}" if known else ""), fontsize=10)
@@ -63,12 +65,12 @@ def gallery(workdir: Path) -> Picture | None:
 
 
 def _dice(path: Path) -> dict[str, dict[str, float | None]]:
-    """Stem of a film's name -> {structure: Dice, None where it has none}; without the lines of the mean mask."""
+    """A film's name without suffix -> {structure: Dice, None where it has none}; without the lines of the mean mask."""
     found: dict[str, dict[str, float | None]] = {}
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row["encoder"] != "mean mask":
                     score = float(row["dice"]) if row["dice"] else None
-                    found.setdefault(Path(row["id"]).stem, {})[row["structure"]] = score
+                    found.setdefault(cases.bare(Path(row["id"])), {})[row["structure"]] = score
     return found

@@ -93,7 +93,7 @@ class Eye:
         }
 
         def compute(films: features.Films) -> Iterator[np.ndarray]:
-            see, starts = jax.jit(self), range(0, len(places), batch)
+            see, starts = self.encoder.compiled(self), range(0, len(places), batch)
             # Of one size, for one compilation.
             batches = (np.resize(places[start : start + batch], batch) for start in starts)
             for start, levels in zip(starts, self.read(pairs, batches, threads), strict=True):

@@ -1,10 +1,13 @@
 """task=predict: the masks of a folder of films, by a finished run of task=segment.
 
 Written: masks/NAME.png of the film's size, overlays/NAME.png, rejects.csv, and structures.json with the value of each
-structure in the masks, the one that it had in the masks that were learned from, else 1, 2, ... Where structures overlap
-the later one is written over the earlier, unless `config.separate` asks for a picture each (NAME-STRUCTURE.png, 255).
+structure in the masks, the one that it had in the masks that were learned from, else 1, 2, ... NAME is the film's path
+in its folder, without suffix. Where structures overlap the later one is written over the earlier, unless
+`config.separate` asks for a picture each (NAME-STRUCTURE.png, 255).
 """
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -26,28 +29,44 @@ def run(config, workdir: Path) -> None:
     trained = ConfigDict(json.loads((workdir / "config.json").read_text()))
     if trained.get("task") != "segment":
         raise cases.CaseError(f"{workdir} is no run of task=segment, but of task={trained.get('task')!r}")
+    if not config.images:
+        raise cases.CaseError("images is empty: name a folder of films, --config.images=FOLDER")
     part = workdir / config.part
     variables, rules = load(part), json.loads((workdir / "structures.json").read_text())
     head = heads.build(trained, len(rules))
     logits = segment.compiled(head, variables)
-    films = pipeline.Folder(config.images, image_size=0)
+    films = named(pipeline.Folder(config.images, image_size=0))
     out = Path(config.out or workdir / "predictions")
-    for folder in ("masks", "overlays"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     logs.write_whole(out / "structures.json", json.dumps(rules, indent=1) + "\n")
-    rejects = []
-    for path in films.files:
-        name = path.relative_to(films.root).with_suffix("").as_posix().replace("/", "-")
+    rejects = [("file", "reason")]
+    for name, path in films.items():
         try:
             film = images.read(path)
         except images.ImageError as error:
-            rejects.append(f'{path.relative_to(films.root)},"{error}"\n')
+            rejects.append((path.relative_to(config.images).as_posix(), str(error)))
             continue
         levels, frame = frames.framed(film, head.settings, trained.fit)
         predicted = frames.over_film(logits(levels[None])[0], frame, film.shape) > 0
         _write(out, name, film, predicted, rules, config.separate)
-    logs.write_whole(out / "rejects.csv", "file,reason\n" + "".join(rejects))
-    logs.say(f"predict: {len(films.files) - len(rejects)} films in {out}, {len(rejects)} could not be read")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rejects)
+    logs.write_whole(out / "rejects.csv", text.getvalue())
+    failed = len(rejects) - 1
+    logs.say(f"predict: {len(films) - failed} films in {out}, {failed} could not be read")
+
+
+def named(films: pipeline.Folder) -> dict[str, Path]:
+    """Films by what their masks are called. Raises CaseError where one mask would be written over another."""
+    found: dict[str, Path] = {}
+    for path in films.files:
+        place = path.relative_to(films.root)
+        name = cases.bare(place)
+        if name in found:
+            other = found[name].relative_to(films.root)
+            raise cases.CaseError(f"{other} and {place} would both be written to masks/{name}.png: rename one of them")
+        found[name] = path
+    return found
 
 
 def load(workdir: Path) -> dict:
@@ -62,6 +81,7 @@ def load(workdir: Path) -> dict:
 
 def _write(out: Path, name: str, film: np.ndarray, predicted: np.ndarray, rules: dict, separate: bool) -> None:
     overlays.save(out / "overlays" / f"{name}.png", film, predicted)
+    (out / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
     if separate:
         for structure, mask in zip(rules, predicted, strict=True):
             path = out / "masks" / f"{name}-{structure.replace(' ', '_')}.png"

@@ -19,6 +19,7 @@ from raddino_jax.evals.features import encode, raster
 
 PENALTIES = np.logspace(0, 5, 11)
 NEIGHBOURS = 20
+BLOCK = 1024  # test films whose distances to all train films are held at a time
 
 
 def split(patients: np.ndarray, seed: int, test: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -51,10 +52,21 @@ def vote(features: np.ndarray, values: np.ndarray, train: np.ndarray, test: np.n
     """Share [test, C] of positives among the nearest train films by cosine of standardised features."""
     x = StandardScaler().fit(features[train]).transform(features)
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    near = np.argsort(-(x[test] @ x[train].T), axis=1)[:, :NEIGHBOURS]
-    labels = values[train][near]
+    tested, trained = x[test], x[train]
+    blocks = (tested[start : start + BLOCK] for start in range(0, len(tested), BLOCK))
+    labels = values[train][np.concatenate([_nearest(-(block @ trained.T)) for block in blocks])]
     known = ~np.isnan(labels)
     return np.where(known, labels, 0).sum(1) / np.maximum(known.sum(1), 1)
+
+
+def _nearest(far: np.ndarray) -> np.ndarray:
+    """Columns of the NEIGHBOURS smallest of each row, in any order; of equals those that come first."""
+    if far.shape[1] <= NEIGHBOURS:
+        return np.broadcast_to(np.arange(far.shape[1]), far.shape)
+    near = np.argpartition(far, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS].copy()  # a view would keep all columns
+    tied = (far <= np.take_along_axis(far, near[:, -1:], axis=1)).sum(1) > NEIGHBOURS
+    near[tied] = np.argsort(far[tied], axis=1, kind="stable")[:, :NEIGHBOURS]
+    return near
 
 
 def score(features: np.ndarray, labels: Labels, seed: int) -> dict[tuple[str, str], float]:

@@ -49,16 +49,18 @@ def score(
     strata: Mapping[str, Sequence[str]] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    smallest: int = 2,
     metrics: Mapping[str, Callable] | None = None,
     **about,
 ) -> list[dict]:
     """Rows of results.json: one per metric, class and stratum.
 
     graders: paths as in GRADERS. strata: column -> its value per report (those of UNKNOWN take no part); each value is
-    scored apart, and a row "column: worst" repeats the lowest of them. metrics: name -> what makes Statistics of
-    (references, candidates, graders), METRICS by default. about: further fields of every row (dataset,
-    encoder, data, config, ...). value is the median over resamples of reports, interval its 2.5 and 97.5 percentiles,
-    std their deviation, whole the score of the reports as they are.
+    scored apart, a row "column: all" repeats the score of all reports, and "column: worst" the lowest value's, with how
+    far it lies from all as "gap". smallest: reports below which a value is listed, but cannot be the worst. metrics:
+    name -> what makes Statistics of (references, candidates, graders), METRICS by default. about: further fields of
+    every row (dataset, encoder, data, config, ...). value is the median over resamples of reports, interval its 2.5 and
+    97.5 percentiles, std their deviation, whole the score of the reports as they are.
     Raises ValueError when the lists differ in length or are empty.
     """
     references, candidates, strata = list(references), list(candidates), dict(strata or {})
@@ -74,7 +76,7 @@ def score(
             continue
         if "signature" in statistics.note:
             logs.say(f"report scores: {metric} is {statistics.note['signature']}")
-        rows += _rows(metric, statistics, strata, resamples, seed, about)
+        rows += _rows(metric, statistics, strata, resamples, seed, smallest, about)
     return rows
 
 
@@ -102,18 +104,21 @@ def bootstrap(statistics: Statistics, resamples: int = RESAMPLES, seed: int = 0)
     return statistics.scores(times @ statistics.per_report)
 
 
-def _rows(metric, statistics, strata, resamples, seed, about) -> list[dict]:
-    rows = _stratum_rows(metric, statistics, "", resamples, seed, about)
+def _rows(metric, statistics, strata, resamples, seed, smallest, about) -> list[dict]:
+    whole = _stratum_rows(metric, statistics, "", resamples, seed, about)
+    rows = list(whole)
     for column, values in strata.items():
-        values = np.asarray(values, object)
+        values = np.array([str(value).strip() for value in values])
         groups = []
-        for value in sorted({str(v) for v in values} - UNKNOWN):
-            inside = np.array([str(v) == value for v in values])
-            part = Statistics(statistics.per_report[inside], statistics.scores, statistics.note)
+        for value in sorted({*values} - UNKNOWN):
+            part = Statistics(statistics.per_report[values == value], statistics.scores, statistics.note)
             groups.append(_stratum_rows(metric, part, f"{column}={value}", resamples, seed, about))
-        for same_class in zip(*groups, strict=True):
-            lowest = min(same_class, key=lambda row: row["value"])
-            rows += [*same_class, lowest | {"stratum": f"{column}: worst", "worst": lowest["stratum"]}]
+        for everyone, *same_class in zip(whole, *groups, strict=True):
+            rows += [*same_class, everyone | {"stratum": f"{column}: all"}]
+            if large := [row for row in same_class if row["n"] >= smallest]:
+                worst = min(large, key=lambda row: row["value"])
+                gap = abs(everyone["value"] - worst["value"])
+                rows.append(worst | {"stratum": f"{column}: worst", "worst": worst["stratum"], "gap": gap})
     return rows
 
 

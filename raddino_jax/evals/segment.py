@@ -203,7 +203,7 @@ class Task:
         for i in index:
             film, truth = self.source.load(i)
             over = frames.over_film(predict(np.array([i]))[0], self.frames[i], film.shape) > 0
-            overlays.save(folder / f"{Path(self.source.cases[i].id).stem}.png", film, over, truth == 1)
+            overlays.save(folder / f"{cases.bare(Path(self.source.cases[i].id))}.png", film, over, truth == 1)
 
 
 def values_of(source) -> dict[str, int]:
@@ -231,7 +231,7 @@ def compiled(head: heads.Head, variables: dict, featured: bool = False) -> Calla
     def logits(variables, frozen, inputs):
         return head.logits(variables, inputs if featured else head.features(frozen, inputs))
 
-    run = jax.jit(logits)
+    run = jax.jit(logits) if head.encoder is None else head.encoder.compiled(logits)
     return lambda inputs: np.moveaxis(np.asarray(run(variables, head.frozen, inputs)), -1, 1)
 
 
@@ -270,7 +270,7 @@ def _features(head, squares: np.ndarray, config) -> np.ndarray:
             f"features of {len(squares)} films take {gib:.1f} GiB, config.features_gib allows {config.features_gib:g}: "
             "raise it, or set config.augment=True, which computes them anew in every step"
         )
-    features, out = jax.jit(head.features), np.empty(shape, np.float32)
+    features, out = head.encoder.compiled(head.features), np.empty(shape, np.float32)
     began = time.perf_counter()
     for start in range(0, len(squares), config.batch_size):
         part = squares[start : start + config.batch_size]

@@ -68,7 +68,7 @@ def fit(
         return frames.framed(film, encoder.settings, "crop")[0]
 
     levels = features.squares(films, framed, about, config.features_dir)
-    step = jax.jit(_step(config, encoder, recipe), donate_argnums=0)
+    step = encoder.compiled(_step(config, encoder, recipe), donate_argnums=0)
     plans = [fast.plan(x, split.train, recipe, k, encoder.mesh.size) for k, split in enumerate(cut)]
     found = [
         _fit_one(f"{k}/{len(cut)}", encoder, y, levels, recipe, step, plan) for k, plan in enumerate(plans, start=1)
