@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+
 def get_config(arguments: str = "") -> ConfigDict:
     """Everything else is read from the workdir. After the colon: field=value pairs."""
     config = ConfigDict(dict(task="figures", then=()))

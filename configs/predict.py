@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+
 def get_config(arguments: str = "") -> ConfigDict:
     """What to read and where to write; the head is read from the workdir. After the colon: field=value pairs."""
     config = ConfigDict(dict(

@@ -2,8 +2,9 @@
 
 Conventions: one multiply-add is 2 FLOPs; only matrix products and attention count; a backward pass is twice its
 forward, once for the patch embedding, whose input needs no gradient; recomputation earns nothing. The count is that of
-the recipe, as the reference computes it: the last block's feed-forward on patches that no loss asks for is in it although
-it is left out here (4 % of a ViT-B step). The compiler's own count is no use: it counts the body of a loop once.
+the recipe, as the reference computes it: the last block's feed-forward on patches that no loss asks for is in it,
+although it is left out here (4 % of a ViT-B step). The compiler's own count is no use: it counts the body of a loop
+once.
 """
 
 from dataclasses import dataclass, replace
@@ -44,8 +45,8 @@ CHIPS = {  # by the start of jax's device_kind
 def chip(device: jax.Device) -> Chip | None:
     """The data sheet of a device, None where it is unknown (a CPU).
 
-    Of a device at hand `memory` is what jax may use of it: on a GPU three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION
-    says otherwise.
+    Of a device at hand `memory` is what jax may use of it: on a GPU three quarters, unless
+    XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
     """
     row = next((row for kind, row in CHIPS.items() if device.device_kind.startswith(kind)), None)
     limit = _limit(device)

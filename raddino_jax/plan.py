@@ -297,7 +297,7 @@ def sweep(config, devices: int) -> Iterator:
 
 
 def hopeless(config, devices: int, rows: list[dict]) -> bool:
-    """Whether a row of a sweep that does not fit has no more images per chip, kept arrays and logits than this config."""
+    """Whether some row that does not fit has no more images per chip, kept arrays and logits than this config."""
     mine = (config.batch_size / devices, POLICIES.index(config.model.remat), config.loss.logits_budget)
     return any(
         row["fits"] is False

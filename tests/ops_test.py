@@ -102,7 +102,7 @@ class Stack(nn.Module):
 
 
 def test_a_compiled_backward_pass_keeps_the_stream_and_the_hidden_layers_and_makes_the_rest_again():
-    """In arrays the size of the stream: 6 x (1 + 4) are kept; with what norms and GELUs give it would be twice as many."""
+    """In arrays the size of the stream: 6 x (1 + 4) are kept; with what norms and GELUs give, twice as many."""
     model, x = Stack(), jnp.ones((1024, 64))
     params = model.init(jax.random.key(0), x)
     step = jax.jit(jax.grad(lambda params, x: model.apply(params, x).sum()))
@@ -114,7 +114,8 @@ def test_what_is_made_again_has_the_gradient_of_what_is_kept_and_spoiled_gradien
     kernel, scale = _weights(8, 6), _weights(8)
     plain = lambda x, kernel, scale: jnp.tanh(x * scale) @ kernel  # noqa: E731
     found = _gradients(lambda x, k, s: ops.forgetful(lambda x, k: plain(x, k, s))(x, k), X, kernel, scale)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, _gradients(plain, X, kernel, scale))
+    expected = _gradients(plain, X, kernel, scale)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
     for bad in (jnp.nan, jnp.inf):
         _, pull = jax.vjp(ops.gelu, X)
         assert not np.isfinite(pull(jnp.full(X.shape, bad))[0]).any()

@@ -501,8 +501,8 @@ def test_wanted_patches_are_those_of_the_whole_and_so_are_gradients(kind, droppe
         found = {name: out[name] for name in uneven}
         return sum((np.float32(uneven[name]) * found[name]).sum() for name in uneven), found
 
-    both = [jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)(params, asked) for asked in (True, False)]
-    ((_, found), grads), ((_, expected), known) = both
+    run = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    ((_, found), grads), ((_, expected), known) = run(params, True), run(params, False)
     for name in uneven:
         np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)  # about 1
     for name, value in trees.flatten(known).items():

@@ -45,7 +45,7 @@ def open_path(path: Path, among: Sequence[str] = (), with_heads: bool = False) -
     folder = path if path.is_dir() else path.parent
     file = files.find(path) if path.is_dir() else path
     if file is None and (path / "config.json").is_file() and (path / "starts.jsonl").is_file():
-        raise WeightsError(f"{path} is the workdir of a run that has no checkpoint yet: start it again, or name another")
+        raise WeightsError(f"{path} is the workdir of a run without a checkpoint yet: start it again, or name another")
     if file is None:
         others = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".bin", ".safetensors"))
         hint = f"; for one of {', '.join(others[:6])} give the path of the file itself" if others else ""

@@ -79,7 +79,7 @@ def _lines(name, title, rows, groups, sentence) -> Picture:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(fields) > 3 else {}  # many would hide a curve's end
+        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(fields) > 3 else {}  # many would hide a curve
         axis.legend(edgecolor="none", framealpha=0.85, fontsize=8, **beside)
     figure.tight_layout()
     fields = ["step", *(field for group in groups for field in group)]

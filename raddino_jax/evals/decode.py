@@ -28,8 +28,9 @@ COLUMNS, CELL, LETTERS = 4, 3.0, 44  # films side by side, inches of each, lette
 
 
 def run(task, params: dict, workdir: Path, beat: Callable[[int, str], None] = lambda step, doing: None) -> bool:
-    """reports.jsonl of `task.tested`; False when asked to stop before. Of several processes all call it, process 0 writes.
+    """reports.jsonl of `task.tested`; False when asked to stop before.
 
+    Of several processes all call it, and process 0 writes.
     task: `report.Task`. params: as it trains them. beat(reports so far, what is done now) is called at every batch.
     """
     with loop.Terminated() as stop:

@@ -60,7 +60,7 @@ def _cpu(q: Array, k: Array, v: Array) -> Array:
 
 @jax.custom_vjp
 def _all_heads(q: Array, k: Array, v: Array) -> Array:
-    """Attention [b, t, d] of scaled queries; the probabilities, and nothing else as large, are kept for the gradient."""
+    """Attention [b, t, d] of scaled queries; nothing as large but the probabilities is kept for the gradient."""
     return _probably(q, k, v)[0]
 
 

@@ -74,7 +74,7 @@ class LayerNorm(nn.Module):
 
 
 def forgetful(function: Callable) -> Callable:
-    """The same function of arrays, with nothing kept for its backward pass but its arguments: the rest is made again."""
+    """The same function of arrays; its backward pass keeps its arguments alone and makes the rest again."""
 
     def run(*arguments):
         pure, closed_over = jax.closure_convert(function, *arguments)

@@ -158,7 +158,8 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: [n, T, D] -> (after attention, after feed-forward), both [n, T, D].
 
-    wanted: int [groups, m], tokens of each group of crops, each crop's T after the other's: the second is [groups, m, D].
+    wanted: int [groups, m], tokens of each group of crops, each crop's T after the other's: the second is
+      [groups, m, D].
     """
 
     width: int
