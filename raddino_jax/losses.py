@@ -117,24 +117,18 @@ def targets(rows: Array, prototypes: Array, temperature: Array, bias: Array) -> 
 # --- cross-entropy between teacher and student ------------------------------------------------------
 
 
-def cross_entropy(student: Array, prototypes: Array, teacher: dict, temperature: float, budget: int) -> Array:
-    """sum over items of weight * sum over pairs (s, t) of -sum_k target_t[k] log softmax(student_s)[k].
-
-    student: unit vectors [R, n, S, b]; every one of an item's S students is paired with each of its T
-      teachers. prototypes: the student's [K, b]. temperature: the student's.
-    teacher: {"rows" [R, n, T, b], "weight" [R, n] (0 for padding), "prototypes" [K, b], "bias" [K],
-      "temperature"}: constants, no gradient.
-    budget: logits per shard that may be alive at once, counted over students.
-    """
-    return cross_entropies((student,), prototypes, (teacher,), temperature, budget)[0]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropies(
     students: tuple[Array, ...], prototypes: Array, teachers: tuple[dict, ...], temperature: float, budget: int
 ) -> tuple[Array, Array]:
-    """(sum, each of them [terms]) of several `cross_entropy`; only the sum has a gradient.
+    """(sum, each of them [terms]) of several cross-entropies; only the sum has a gradient.
 
+    Each is the sum over items of weight * sum over pairs (s, t) of -sum_k target_t[k] log softmax(student_s)[k].
+    students: of each unit vectors [R, n, S, b]; every one of an item's S students is paired with each of its T
+      teachers. prototypes: the students' [K, b]. temperature: the students'.
+    teachers: of each {"rows" [R, n, T, b], "weight" [R, n] (0 for padding), "prototypes" [K, b], "bias" [K],
+      "temperature"}: constants, no gradient.
+    budget: logits per shard that may be alive at once, counted over students.
     The gradient is made in the forward pass, while a chunk's logits are at hand, and all terms add to one gradient of
     the prototypes.
     """
