@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -261,6 +262,8 @@ def test_weight_decay_pulls_only_what_it_should_by_learning_rate_times_decay():
 @dataclasses.dataclass(frozen=True)
 class Pull:
     """Pulls every parameter of the student to the teacher's plus one; the temperature is a metric."""
+
+    backbone = types.SimpleNamespace(dtype=jnp.float32)
 
     def __call__(self, student, teacher, centres, views, masks, key, temperature):
         gap = jax.tree.map(lambda s, t: ((s - t - 1) ** 2).sum(), student, teacher)

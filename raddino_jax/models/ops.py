@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+barrier = jax.lax.optimization_barrier
 
 EPS = 1e-6  # of DINOv2's LayerNorm
 STD = 0.02  # of its initial kernels
@@ -102,11 +103,14 @@ def after(x: Array, grad: Array) -> Array:
     says so to most compilers; XLA's for CPUs takes barriers away before it looks for what is computed twice. There x
     hangs on a number of the gradient: where that is not finite x is 0, and the gradient spoiled anyhow.
     """
-    return jax.lax.platform_dependent(
-        x, grad,
-        cpu=lambda x, grad: jnp.where(jnp.isfinite(grad.reshape(-1)[0]), x, 0),
-        default=lambda x, grad: jax.lax.optimization_barrier((x, grad))[0],
-    )  # fmt: skip
+    return jax.lax.platform_dependent(x, grad, cpu=_hung_on, default=lambda x, grad: barrier((x, grad))[0])
+
+
+def _hung_on(x, grad):
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return jnp.where(jnp.isfinite(grad.reshape(-1)[0]), x, 0)
+    # Of several devices each needs a number of its own, or they would have to send it round: one for each row.
+    return jnp.where(jnp.isfinite(grad[..., :1]), x, 0) if x.shape[:-1] == grad.shape[:-1] else x
 
 
 @jax.custom_vjp
@@ -121,7 +125,7 @@ def _linear_forward(x, kernel, bias):
 
 def _linear_backward(saved, grad):
     x, kernel = saved
-    grad = jax.lax.optimization_barrier(grad)
+    grad = barrier(grad)
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     to_kernel = jnp.einsum("na,nb->ab", rows, grads, preferred_element_type=jnp.float32)
     to_bias = jnp.einsum("n,nb->b", jnp.ones_like(grads[:, 0]), grads, preferred_element_type=jnp.float32)
@@ -135,7 +139,7 @@ def _first(grad: Array, *of_parameters: Array) -> tuple[Array, ...]:
     A compiler that may choose puts the parameters' gradients of one crop size off until those of the other, to add
     them up, and keeps all blocks' activations alive meanwhile: on a TPU half of a step's memory.
     """
-    return jax.lax.optimization_barrier((grad, *of_parameters))
+    return barrier((grad, *of_parameters))
 
 
 linear.defvjp(_linear_forward, _linear_backward)
