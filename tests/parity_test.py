@@ -33,10 +33,11 @@ GOLDENS = Path(os.environ["RADDINO_GOLDENS"])
 
 
 @pytest.fixture(autouse=True)
-def as_users_compile():
-    """With all optimisations, which the other tests go without (conftest.py)."""
+def as_users_compile(request):
+    """Whole steps and networks with all optimisations, which other tests go without (conftest.py)."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
+    if "train_" in request.node.name or "hub" in request.node.name:
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
