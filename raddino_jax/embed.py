@@ -5,7 +5,7 @@
 
 FILE.npz or FILE.parquet gets `id` (path below --images, with suffix), `cls` [n, D] and, with --patches=mean, `patches`
 [n, D]. --patches=full writes all patch features beside it, FILE.patches.npy [n, h, w, D], to be opened with
-mmap_mode="r". Files that are no film, or a damaged one, are listed in FILE.rejects.csv. The same command
+mmap_mode="r". Files that are no film, or a damaged one, are listed in rejects.csv beside FILE. The same command
 continues where it was interrupted.
 
 In a notebook:
@@ -270,7 +270,7 @@ def embed(
             raise EmbedError(f"{out}: expected a name that ends in {' or '.join(WRITERS)}")
         unfinished = out.with_name(f".{out.name}.unfinished")
         films = listing(
-            source, column, without=[out, unfinished, rejects_file(out), patches_file(out)]
+            source, column, without=[out, unfinished, out.with_name("rejects.csv"), patches_file(out)]
         )
         if isinstance(encoder, str):
             encoder = encoders.load(encoder, weights, dtype)
@@ -347,22 +347,17 @@ def _finish(work: Work, out: Path, patches: str, settings: dict) -> None:
         writer = csv.DictWriter(file, ["id", "reason", "message"])
         writer.writeheader()
         writer.writerows(work.rejects)
-    os.replace(rejects, rejects_file(out))
+    os.replace(rejects, out.with_name("rejects.csv"))
     if not work.ids:
         return
     columns = {name: work.array(name) for name in ("cls", "patches")[: 2 if patches == "mean" else 1]}
-    # The rejects once more, for who has this file alone.
+    # The rejects once more: the next command with an output in this folder writes a rejects.csv of its own.
     meta = json.dumps(settings | {"rejects": work.rejects})
     WRITERS[out.suffix](work.folder / out.name, work.ids, columns, meta)
     if patches == "full" and (work.folder / "patches.npy").exists():  # not so if killed after the next line
         _append(work.folder / "patches.npy", len(work.ids), work.array("patches")[:0])
         os.replace(work.folder / "patches.npy", patches_file(out))
     os.replace(work.folder / out.name, out)
-
-
-def rejects_file(out: Path) -> Path:
-    """Where names and reasons of what could not be read are written: films.npz -> films.rejects.csv."""
-    return out.with_suffix(".rejects.csv")
 
 
 def patches_file(out: Path) -> Path:
@@ -469,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     rate = round(done / table["seconds"], 2) if table["seconds"] and done else None
     if not rows:
         print(
-            f"raddino_jax: none of {rejected} files is a film that can be read; {rejects_file(Path(out))} says why",
+            f"raddino_jax: none of {rejected} files is a film that can be read; rejects.csv says why",
             file=sys.stderr,
         )
     seconds = round(table["seconds"], 1)

@@ -1,4 +1,4 @@
-"""The start of a run in its workdir: one run at a time, one config, a folder all hosts share, a record of the start."""
+"""The start of a run: its command line, and its workdir with one run at a time, one config, a record of the start."""
 
 import errno
 import fcntl

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -83,6 +84,12 @@ def test_the_torch_encoder_sees_the_same_films():
 def test_what_the_rival_cannot_do_is_refused():
     with pytest.raises(bench.BenchError, match="loss.centring"):
         bench.fair(_tiny("loss.centring=softmax"))
+
+
+def test_a_chip_is_not_compared_with_pytorch_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(bench.jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    with pytest.raises(bench.BenchError, match="computes on gpu: set JAX_PLATFORMS=cpu"):
+        bench.against_torch(_tiny(), "encode", images=2, count=1, warm_up=1)
 
 
 def test_memory_is_measured_anew_after_it_is_forgotten():

@@ -593,6 +593,10 @@ def test_weights_that_are_not_of_this_encoder(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"no weights in this folder \(expected one of [^;]*$"):
         encoders.load(str(tmp_path / "empty"))
+    for name in ("config.json", "starts.jsonl"):
+        (tmp_path / "empty" / name).write_text("{}")
+    with pytest.raises(WeightsError, match="workdir of a run without a checkpoint yet: start it again"):
+        encoders.load(str(tmp_path / "empty"))
     with pytest.raises(WeightsError, match=r"no weights in this folder.*; for one of clip\.pt give the path"):
         encoders.load(str(tmp_path))
     with pytest.raises(WeightsError, match="found an empty name"):

@@ -236,6 +236,14 @@ def test_bars_are_the_rows_and_their_intervals(tmp_path):
     assert curves.results(tmp_path / "none") == []
 
 
+def test_a_term_that_is_switched_off_has_no_curve_and_a_score_of_nothing_has_one():
+    rows = [{"step": s, "loss": 2.0, "dino_global": 0.5, "ibot": 1.5, "koleo": 0.0, "agreement": 0.0} for s in (1, 2)]
+    loss, diagnostics = curves.training(rows, {"task": "pretrain", "head": {"prototypes": 8}})[:2]
+    assert list(loss.numbers[0]) == ["step", "loss", "dino_global", "ibot"]
+    drawn = {line.get_label() for axis in diagnostics.figure.axes for line in axis.get_lines()}
+    assert "agreement" in drawn
+
+
 def test_a_downstream_task_has_its_curves_too():
     rows = [{"step": s, "loss": 1 / s, "val_loss": 2 / s, "dice": s / 10, "lr": 1e-3, "seconds": 3} for s in (1, 2, 3)]
     (one,) = curves.training(rows, {"task": "segment"})

@@ -44,6 +44,11 @@ def made(tmp_path, name, **fields):
     return text, [dict(zip(head, line, strict=True)) for line in lines]
 
 
+def test_a_pattern_that_matches_nothing_is_told(tmp_path, capsys):
+    made(tmp_path, "5")
+    assert "matches no folder with a results.json" in capsys.readouterr().err
+
+
 # --- the numbers ----------------------------------------------------------------------------------------------
 
 

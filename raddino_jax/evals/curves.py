@@ -30,8 +30,10 @@ def training(rows: list[dict], settings: dict) -> list[Picture]:
     if settings.get("task") != "pretrain":
         return _any_training(rows)
     k = settings["head"]["prototypes"]
+    terms = ("loss", "dino_global", "dino_local", "ibot", "koleo")
+    terms = tuple(term for term in terms if any(row.get(term) for row in rows))  # without those that are switched off
     found = [
-        _lines("loss", "Loss", rows, [("loss", "dino_global", "dino_local", "ibot", "koleo")],
+        _lines("loss", "Loss", rows, [terms],
                "The total is the sum of the others. The DINO and iBOT terms should fall from the value of uniform "
                "targets; the total alone says little, because the targets sharpen meanwhile."),
         _lines("diagnostics", "Is it learning?", rows,
@@ -71,8 +73,6 @@ def _lines(name, title, rows, groups, sentence) -> Picture:
     for axis, fields in zip(axes[0], groups, strict=True):
         for field, colour in zip(fields, COLOURS, strict=False):
             given = [(row["step"], row[field]) for row in rows if isinstance(row.get(field), int | float)]
-            if not any(value for _, value in given):
-                continue  # a term that is switched off
             marker = "o" if len(given) < 12 else ""  # a single point has no line
             label = field.removeprefix("probe_")
             axis.plot(*zip(*given, strict=True), label=label, lw=1.4, color=colour, marker=marker)
