@@ -348,7 +348,7 @@ def run(config, topology: str, swept: bool) -> None:
     configs = list(sweep(config, devices)) if swept else [config]
     rows, began = [], time.perf_counter()
     for done, config in enumerate(configs):
-        if hopeless(config, devices, rows):
+        if swept and hopeless(config, devices, rows):
             continue
         spent = time.perf_counter() - began
         left = f"; about {logs.duration(spent / done * (len(configs) - done))} left, at most" if done else ""

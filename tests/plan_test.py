@@ -110,6 +110,21 @@ def test_collectives_are_counted_with_their_bytes():
     assert plan.collectives(text) == {"all-reduce": {"count": 2, "bytes": 144}, "all-gather": {"count": 1, "bytes": 36}}
 
 
+@pytest.mark.parametrize("arguments, task", [(TINY, quickstart), (SMALL, reports)], ids=["pretrain", "report"])
+def test_the_command_shows_a_table_and_last_the_row(capsys, arguments, task):
+    """As it is called: with remat left to choose itself."""
+    plan.run(common.apply(task.get_config(), arguments, {}), "", swept=False)
+    out, err = capsys.readouterr()
+    table, row = out.split("\n\n")
+    assert json.loads(row)["peak_hbm_gib"] > 0 and "peak_hbm_gib" in table and "compiling 1 of 1" in err
+
+
+def test_chips_that_nobody_can_describe_are_refused():
+    """With libtpu the name is unknown to it; without, the extra is named that brings it."""
+    with pytest.raises(train.ConfigError, match=r"v9z:1x1: no such TPU|pip install -e '\.\[tpu\]'"):
+        plan.devices_of("v9z:1x1")
+
+
 def test_the_verdict_names_by_how_much_and_the_first_knob():
     config = common.apply(quickstart.get_config(), TINY, {})
     chip = plan.flops.CHIPS["TPU v5e"]
